@@ -1,0 +1,48 @@
+"""Options that describe themselves.
+
+Each part declares its options as a frozen dataclass of `option(...)` fields, so that a core needs no configuration
+library and a default stands in one place. `config.py` validates them from YAML; the fingerprint of a step hashes the
+semantic ones and leaves out the operational ones (how many actors, how large a batch), which change speed, not results.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+STRICT = {"extra": "forbid"}
+"""Set as `__pydantic_config__` on an options dataclass: an unknown key is refused wherever it is validated."""
+
+
+def option(default: Any, description: str, *, operational: bool = False) -> Any:
+    """A dataclass field with a description; `operational` ones do not enter fingerprints. A list or dict default is
+    copied for each instance; `dataclasses.MISSING` makes the field required."""
+    metadata = {"description": description, "operational": operational}
+    if default is dataclasses.MISSING:
+        return dataclasses.field(metadata=metadata)
+    if isinstance(default, list | dict | set) or dataclasses.is_dataclass(default):
+        return dataclasses.field(default_factory=lambda: _copy(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def _copy(value: Any) -> Any:
+    return dataclasses.replace(value) if dataclasses.is_dataclass(value) else type(value)(value)  # type: ignore[type-var]
+
+
+def semantic(options: Any) -> dict[str, Any]:
+    """The options that decide results, as plain JSON values, nested options included."""
+    out: dict[str, Any] = {}
+    for field in dataclasses.fields(options):
+        if not field.metadata.get("operational", False):
+            out[field.name] = _plain(getattr(options, field.name))
+    return out
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return semantic(value)
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

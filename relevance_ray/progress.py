@@ -1,0 +1,118 @@
+"""One live line for long work, and the same as JSON lines.
+
+On a terminal the line is rewritten in place; elsewhere (a log file, `ray job logs`) one appears every ten seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import Any, TextIO
+
+TTY_SECONDS = 0.2
+PLAIN_SECONDS = 10.0
+
+
+class Progress:
+    """Counts `done` of `total` and shows rate, failures and time left.
+
+    Args:
+        description: what is being done, at the head of the line.
+        total: how many units in all; without it no share and no time left are shown.
+        unit: what is counted ("pairs", "groups").
+        log: a local file that gets one JSON line for each line shown.
+        already_done: units that an earlier run had finished; shown, but not part of the rate.
+    """
+
+    def __init__(
+        self,
+        description: str,
+        total: int | None = None,
+        unit: str = "pairs",
+        log: str | os.PathLike[str] | None = None,
+        already_done: int = 0,
+        stream: TextIO | None = None,
+    ) -> None:
+        self.description, self.total, self.unit = description, total, unit
+        self.done, self.failures, self.extra = already_done, 0, {}  # type: int, int, dict[str, Any]
+        self._stream = stream or sys.stderr
+        self._already_done = already_done
+        self._start = time.monotonic()
+        self._last = 0.0
+        self._width = 0
+        self._log = None
+        if log is not None:
+            os.makedirs(os.path.dirname(os.path.abspath(log)), exist_ok=True)
+            self._log = open(log, "a", encoding="utf-8")  # noqa: SIM115 (closed with the line)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._show(final=True)
+        if self._log is not None:
+            self._log.close()
+
+    def update(
+        self, done: int | None = None, *, failures: int | None = None, total: int | None = None, **extra: Any
+    ) -> None:
+        """Set what is known now: units done in all (not since last time), failures in all, and more to show."""
+        self.done = self.done if done is None else done
+        self.failures = self.failures if failures is None else failures
+        self.total = self.total if total is None else total
+        self.extra.update(extra)
+        interval = TTY_SECONDS if self._stream.isatty() else PLAIN_SECONDS
+        if time.monotonic() - self._last >= interval:
+            self._show()
+
+    def advance(self, count: int = 1, *, failures: int = 0, **extra: Any) -> None:
+        """Add to what is done."""
+        self.update(self.done + count, failures=self.failures + failures, **extra)
+
+    def _show(self, *, final: bool = False) -> None:
+        self._last = time.monotonic()
+        seconds = self._last - self._start
+        rate = (self.done - self._already_done) / seconds if seconds > 0 else 0.0
+        left = (self.total - self.done) / rate if self.total and rate > 0 else None
+        line = self._line(seconds, rate, None if final else left)
+        if self._stream.isatty():
+            self._stream.write("\r" + line.ljust(self._width) + ("\n" if final else ""))
+            self._width = len(line)
+        else:
+            self._stream.write(line + "\n")
+        self._stream.flush()
+        if self._log is not None:
+            record = {
+                "time": round(time.time(), 3),
+                "step": self.description,
+                "done": self.done,
+                "total": self.total,
+                "unit": self.unit,
+                "per_second": round(rate, 3),
+                "failures": self.failures,
+                "seconds_left": None if left is None else round(left, 1),
+                **self.extra,
+            }
+            self._log.write(json.dumps(record) + "\n")
+            self._log.flush()
+
+    def _line(self, seconds: float, rate: float, left: float | None) -> str:
+        of = f" of {self.total:,}" if self.total else ""
+        parts = [f"{self.description}: {self.done:,}{of} {self.unit}", f"{rate:,.1f}/s"]
+        if self.failures:
+            parts.append(f"{self.failures:,} failed")
+        parts += [f"{key} {_short(value)}" for key, value in self.extra.items()]
+        parts.append(f"{_clock(left)} left" if left is not None else f"took {_clock(seconds)}")
+        return ", ".join(parts)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,358 @@
+"""Local and S3 paths, commits, fingerprints, and the lease on a root.
+
+Every path is a string, local or `s3://...`, and goes through fsspec; S3 credentials and endpoint come from the
+environment alone. The trade-off: whole small objects and no appends, so that one primitive, the exclusive create of a
+whole file (a hard link on disk, `If-None-Match` on S3), carries exactly-once. Readers trust commits and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from relevance_ray.errors import UserError
+
+LEASE_SECONDS = 90.0
+"""A lease on S3 whose heartbeat is older than this belongs to a dead driver."""
+
+
+def is_remote(path: str) -> bool:
+    return "://" in path and not path.startswith("file://")
+
+
+def _open_fs(path: str) -> tuple[Any, str]:
+    """The file system of a path and the path within it."""
+    if not is_remote(path):
+        return fsspec.filesystem("file"), os.path.abspath(path.removeprefix("file://"))
+    options: dict[str, Any] = {"use_listings_cache": False} if path.startswith("s3://") else {}
+    try:
+        return fsspec.core.url_to_fs(path, **options)
+    except (ValueError, ImportError) as error:
+        raise UserError(
+            f"storage path {path!r} cannot be opened ({error}); use a local folder or s3://bucket/prefix"
+        ) from error
+
+
+def join(root: str, *parts: str) -> str:
+    return "/".join([str(root).rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def exists(path: str) -> bool:
+    fs, inner = _open_fs(path)
+    return bool(fs.exists(inner))
+
+
+def listdir(path: str) -> list[str]:
+    """Sorted names directly inside a folder; empty where the folder does not exist."""
+    fs, inner = _open_fs(path)
+    try:
+        names = fs.ls(inner, detail=False)
+    except FileNotFoundError:
+        return []
+    return sorted(
+        str(name).rstrip("/").rsplit("/", 1)[-1] for name in names if str(name).rstrip("/") != inner.rstrip("/")
+    )
+
+
+def makedirs(path: str) -> None:
+    if not is_remote(path):
+        os.makedirs(path.removeprefix("file://"), exist_ok=True)
+
+
+def remove_tree(path: str) -> None:
+    """Remove a file or folder with all it holds; nothing happens where there is none."""
+    fs, inner = _open_fs(path)
+    with contextlib.suppress(FileNotFoundError):
+        fs.rm(inner, recursive=True)
+
+
+def read_bytes(path: str) -> bytes:
+    fs, inner = _open_fs(path)
+    return bytes(fs.cat_file(inner))
+
+
+def read_json(path: str) -> Any:
+    return json.loads(read_bytes(path))
+
+
+def write_bytes(path: str, data: bytes) -> None:
+    """Write a whole file: a reader sees the old content or the new, never a part."""
+    if is_remote(path):
+        fs, inner = _open_fs(path)
+        fs.pipe_file(inner, data)
+        return
+    temporary = _write_temporary(path, data)
+    os.replace(temporary, path)
+
+
+def write_json(path: str, value: Any) -> None:
+    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode())
+
+
+def create_exclusive(path: str, data: bytes) -> bool:
+    """Create a whole file only where none is yet; False where another was first."""
+    if is_remote(path):
+        fs, inner = _open_fs(path)
+        try:
+            fs.pipe_file(inner, data, mode="create")
+        except FileExistsError:
+            # A retried request may lose against its own first try: what counts is whose content stands there.
+            return bool(fs.cat_file(inner) == data)
+        return True
+    temporary = _write_temporary(path, data)
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        os.unlink(temporary)
+    return True
+
+
+def _write_temporary(path: str, data: bytes) -> str:
+    folder, name = os.path.split(os.path.abspath(path.removeprefix("file://")))
+    os.makedirs(folder, exist_ok=True)
+    temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex[:12]}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return temporary
+
+
+def table_bytes(table: pa.Table) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def write_table(path: str, table: pa.Table) -> None:
+    write_bytes(path, table_bytes(table))
+
+
+def read_table(path: str, columns: list[str] | None = None) -> pa.Table:
+    return pq.read_table(io.BytesIO(read_bytes(path)), columns=columns)
+
+
+def localize(path: str) -> Path:
+    """A file or folder as a local path: itself where it is local, else a copy in the cache, kept by what it holds."""
+    if not is_remote(path):
+        return Path(path.removeprefix("file://"))
+    target = cache_folder() / "mirror" / fingerprint(path, content_id(path)) / path.rstrip("/").rsplit("/", 1)[-1]
+    if not target.exists():
+        fs, inner = _open_fs(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}")
+        if fs.isdir(inner):
+            fs.get(inner.rstrip("/") + "/", f"{partial}/", recursive=True)
+        else:
+            fs.get_file(inner, str(partial))
+        _put_in_place(partial, target)
+    return target
+
+
+@contextlib.contextmanager
+def local_copy(path: str) -> Iterator[Path]:
+    yield localize(path)
+
+
+def _put_in_place(partial: Path, target: Path) -> None:
+    try:
+        os.replace(partial, target)
+    except OSError:
+        if not target.exists():
+            raise
+        remove_tree(str(partial))  # another process had the same copy ready first
+
+
+def cache_folder() -> Path:
+    """Where copies and converted weights are kept: `RELEVANCE_RAY_CACHE`, else `~/.cache/relevance_ray`."""
+    return Path(os.environ.get("RELEVANCE_RAY_CACHE") or Path.home() / ".cache" / "relevance_ray")
+
+
+def publish_folder(local: Path, path: str) -> None:
+    """Put a finished local folder at its final path: by one rename on disk, by upload on S3 (where the step's own done
+    marker, written after it, makes it count)."""
+    if is_remote(path):
+        fs, inner = _open_fs(path)
+        remove_tree(path)
+        fs.put(str(local).rstrip("/") + "/", inner.rstrip("/") + "/", recursive=True)
+        return
+    target = path.removeprefix("file://")
+    remove_tree(target)
+    os.makedirs(os.path.dirname(os.path.abspath(target)), exist_ok=True)
+    os.replace(local, target)
+
+
+# Fingerprints
+
+
+def fingerprint(*parts: Any) -> str:
+    """12 hex digits over plain JSON values: the name of what was made from them."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def content_id(path: str) -> str:
+    """Identity of what a file or folder holds: ETags on S3, BLAKE2b of the bytes on disk; "absent" where none is."""
+    fs, inner = _open_fs(path)
+    if not fs.exists(inner):
+        return "absent"
+    if is_remote(path):
+        infos = fs.find(inner, detail=True) or {inner: fs.info(inner)}
+        return fingerprint([[name.removeprefix(inner), str(info.get("ETag"))] for name, info in sorted(infos.items())])
+    files = sorted(file for file in Path(inner).rglob("*") if file.is_file()) if os.path.isdir(inner) else [Path(inner)]
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        digest.update(str(file.relative_to(inner)).encode() + b"\0")
+        with open(file, "rb") as stream:
+            digest.update(hashlib.file_digest(stream, "blake2b").digest())
+    return digest.hexdigest()
+
+
+# Commits
+
+
+class CommitLog:
+    """The committed shards of one step folder.
+
+    A shard's data file has an attempt-unique name in `data/`; the shard exists once `commits/<shard>.json` was created,
+    by one exclusive create. Two attempts at a shard, on two machines that each think the other dead, leave one commit
+    and one orphan; nobody reads the orphan, and `sweep` removes it.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self._records: dict[str, dict[str, Any]] = {}
+
+    def committed(self) -> dict[str, dict[str, Any]]:
+        """Shard name -> record (file, rows, checksum, fingerprint, and what the step added), in shard order."""
+        for name in listdir(join(self.folder, "commits")):
+            shard = name.removesuffix(".json")
+            if name.endswith(".json") and not name.startswith(".") and shard not in self._records:
+                self._records[shard] = read_json(join(self.folder, "commits", name))
+        return dict(sorted(self._records.items()))
+
+    def commit(self, shard: str, table: pa.Table, fingerprint: str, extra: Mapping[str, Any] | None = None) -> bool:
+        """Write a shard and commit it. False where another attempt had committed it first (ours becomes an orphan)."""
+        data = table_bytes(table)
+        name = f"{shard}-{uuid.uuid4().hex[:12]}.parquet"
+        write_bytes(join(self.folder, "data", name), data)
+        record = {
+            "file": name,
+            "rows": table.num_rows,
+            "checksum": hashlib.blake2b(data, digest_size=16).hexdigest(),
+            "fingerprint": fingerprint,
+            **(extra or {}),
+        }
+        return create_exclusive(join(self.folder, "commits", f"{shard}.json"), json.dumps(record).encode())
+
+    def path(self, shard: str) -> str:
+        """The data file of a committed shard."""
+        record = self._records.get(shard) or self.committed()[shard]
+        return join(self.folder, "data", record["file"])
+
+    def read(self, shard: str, columns: list[str] | None = None) -> pa.Table:
+        return read_table(self.path(shard), columns=columns)
+
+    def files(self) -> list[str]:
+        """The data files of all committed shards, in shard order."""
+        return [join(self.folder, "data", record["file"]) for record in self.committed().values()]
+
+    def drop(self, shard: str) -> None:
+        """Take a commit back, so that its shard is done again."""
+        remove_tree(join(self.folder, "commits", f"{shard}.json"))
+        self._records.pop(shard, None)
+
+    def sweep(self) -> int:
+        """Remove data files that no commit names; only for the holder of the lease, before work starts."""
+        kept = {record["file"] for record in self.committed().values()}
+        orphans = [name for name in listdir(join(self.folder, "data")) if name not in kept]
+        for name in orphans:
+            remove_tree(join(self.folder, "data", name))
+        return len(orphans)
+
+
+# The lease
+
+
+class Lease:
+    """One driver at a time on a root. On disk the kernel's file lock, which dies with its process; on S3 an object with
+    a heartbeat, taken over once that is older than `LEASE_SECONDS`."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self.path = join(root, "lease.json")
+        self._owner = {"host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex}
+        self._file: Any = None
+        self._stop = threading.Event()
+
+    def __enter__(self) -> Lease:
+        if is_remote(self.root):
+            self._acquire_remote()
+        else:
+            self._acquire_local()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        if self._file is not None:
+            self._file.close()
+        elif read_json(self.path).get("token") == self._owner["token"]:
+            remove_tree(self.path)
+
+    def _refuse(self, holder: Mapping[str, Any]) -> UserError:
+        who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
+        return UserError(
+            f"storage.root {self.root} is in use by {who}; wait for it or stop it, or choose another storage.root"
+        )
+
+    def _acquire_local(self) -> None:
+        path = self.path.removeprefix("file://")
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        self._file = open(path, "a+")  # noqa: SIM115 (held until the lease ends)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            text = self._file.read()
+            self._file.close()
+            raise self._refuse(json.loads(text) if text else {}) from None
+        self._file.truncate(0)
+        self._file.write(json.dumps(self._owner))
+        self._file.flush()
+
+    def _acquire_remote(self) -> None:
+        if not create_exclusive(self.path, self._stamp()):
+            holder = read_json(self.path)
+            if time.time() - holder["heartbeat"] < LEASE_SECONDS:
+                raise self._refuse(holder)
+            # Two that take over at once: the later write wins, and the loser sees it after a moment.
+            write_bytes(self.path, self._stamp())
+            time.sleep(1.0)
+            holder = read_json(self.path)
+            if holder["token"] != self._owner["token"]:
+                raise self._refuse(holder)
+        threading.Thread(target=self._beat, name="lease", daemon=True).start()
+
+    def _stamp(self) -> bytes:
+        return json.dumps({**self._owner, "heartbeat": time.time()}).encode()
+
+    def _beat(self) -> None:
+        while not self._stop.wait(LEASE_SECONDS / 4):
+            write_bytes(self.path, self._stamp())

@@ -1,0 +1,33 @@
+"""Fixtures that tests share: the real data where it is present, and one Ray cluster for the whole run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data sets; a test that needs it is skipped, with this message, where it is absent."""
+    default = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
+    folder = Path(os.environ.get("RELEVANCE_RAY_TEST_DATA", default)).resolve()
+    if not (folder / "esci").is_dir():
+        pytest.skip(f"real data not found in {folder}; set RELEVANCE_RAY_TEST_DATA to the folder that holds esci/")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One local Ray for all tests: 4 logical CPUs, so that a pool of actors never starves the stage that feeds it."""
+    import ray
+
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
