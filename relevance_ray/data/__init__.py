@@ -1,0 +1,1 @@
+"""Readers of the public formats, the demo market, splits by query."""

@@ -1,0 +1,1 @@
+"""Run a model over pairs, batched by tokens: one protocol for every engine."""

@@ -1,0 +1,198 @@
+"""Pairs to token ids, and token ids to batches.
+
+Both input forms, an encoder's text pair and a causal model's prompt, are five pieces: head, query, middle, product,
+tail. Three are fixed and tokenised once; a query once however many candidates it has; the product alone is cut to fit.
+So the query and the question are always whole. The price of tokenising pieces apart: a prompt may differ by a merge at
+a seam from tokenising its whole text, the same way in training as in serving.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from relevance_ray.templates import Template
+
+
+@dataclass(slots=True)
+class EncodedPairs:
+    """Token ids of n pairs, unpadded.
+
+    Attributes:
+        input_ids: one int32 array a pair; empty where the pair failed.
+        token_type_ids: the same shapes, or None for a model without them.
+        errors: why a pair cannot be encoded, else None.
+        truncated: whether the product was cut, bool [n].
+    """
+
+    input_ids: list[np.ndarray]
+    token_type_ids: list[np.ndarray] | None
+    errors: list[str | None]
+    truncated: np.ndarray
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each pair, int64 [n]; 0 where it failed."""
+        return np.fromiter((len(ids) for ids in self.input_ids), dtype=np.int64, count=len(self.input_ids))
+
+
+class PairEncoder:
+    """Encodes (query, product) for one model, as `tokenizer(query, text, truncation="only_second")` would.
+
+    Args:
+        tokenizer: a transformers tokenizer (fast).
+        template: the model's template; with a `prompt`, the causal form.
+
+    Literal special tokens inside a query or product ("<|im_end|>") are plain text in a prompt, so that a shop's data
+    cannot end the turn of a chat model.
+    """
+
+    def __init__(self, tokenizer: Any, template: Template) -> None:
+        self.tokenizer = tokenizer
+        self.template = template
+        self.pad_token_id = int(
+            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        )
+        if template.prompt is None:
+            self._probe_pair()
+        else:
+            self._split_prompt(template.prompt)
+        fixed = len(self._head) + len(self._middle) + len(self._tail)
+        self._max_tokens = template.max_tokens
+        self._room = self._max_tokens - fixed
+
+    def encode(self, queries: Sequence[str], products: Sequence[Mapping[str, Any]]) -> EncodedPairs:
+        """Encode n pairs of valid text. A query that leaves no room for its product, or a product without any text, is
+        an error of its row."""
+        return self.encode_texts(queries, [self.template.render_product(product) for product in products])
+
+    def encode_texts(self, queries: Sequence[str], texts: Sequence[str]) -> EncodedPairs:
+        """The same for products that are text already."""
+        assert len(queries) == len(texts), (len(queries), len(texts))
+        query_index: dict[str, int] = {}
+        which = [query_index.setdefault(query, len(query_index)) for query in queries]
+        query_ids = self._tokenize([self._query_lead + query for query in query_index])
+        product_ids = self._tokenize([self._product_lead + text for text in texts])
+        heads = [np.concatenate([self._head, ids, self._middle]) for ids in query_ids]
+
+        input_ids, token_types, errors = [], [], []
+        truncated = np.zeros(len(texts), dtype=bool)
+        for row, (query, ids) in enumerate(zip(which, product_ids, strict=True)):
+            room = self._room - len(query_ids[query])
+            error = self._problem(room, texts[row])
+            errors.append(error)
+            if error is not None:
+                input_ids.append(np.empty(0, dtype=np.int32))
+                token_types.append(np.empty(0, dtype=np.int32))
+                continue
+            truncated[row] = len(ids) > room
+            kept = ids[:room]
+            input_ids.append(np.concatenate([heads[query], kept, self._tail]))
+            if self._types is not None:
+                counts = (len(heads[query]), len(kept) + len(self._tail))
+                token_types.append(np.repeat(np.asarray(self._types, dtype=np.int32), counts))
+        return EncodedPairs(input_ids, None if self._types is None else token_types, errors, truncated)
+
+    def pad(self, encoded: EncodedPairs, rows: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        """The model's inputs for some rows: `input_ids`, `attention_mask` and, where the model has them,
+        `token_type_ids`, each int64 [len(rows), longest], padded on the right."""
+        lengths = np.asarray([len(encoded.input_ids[row]) for row in rows])
+        mask = np.arange(lengths.max()) < lengths[:, None]
+        ids = np.full(mask.shape, self.pad_token_id, dtype=np.int64)
+        ids[mask] = np.concatenate([encoded.input_ids[row] for row in rows])
+        batch = {"input_ids": ids, "attention_mask": mask.astype(np.int64)}
+        if encoded.token_type_ids is not None:
+            types = np.zeros(mask.shape, dtype=np.int64)
+            types[mask] = np.concatenate([encoded.token_type_ids[row] for row in rows])
+            batch["token_type_ids"] = types
+        return batch
+
+    def _problem(self, room: int, text: str) -> str | None:
+        if room < 1:
+            fits = max(self._room - 1, 0)
+            return (
+                f"the query has more than the {fits} tokens that fit beside a product (max_tokens {self._max_tokens})"
+            )
+        if not text:
+            return f"the product has no text in its fields {', '.join(self.template.fields)}"
+        return None
+
+    def _tokenize(self, texts: Sequence[str]) -> list[np.ndarray]:
+        if not texts:
+            return []
+        encoded = self.tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            truncation=True,
+            # One more than can ever fit, so that "cut" and "just fits" stay apart.
+            max_length=self._max_tokens + 1,
+            padding=False,
+            split_special_tokens=self.template.prompt is not None,
+        )["input_ids"]
+        return [np.asarray(ids, dtype=np.int32) for ids in encoded]
+
+    def _literal(self, text: str) -> np.ndarray:
+        return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
+
+    def _probe_pair(self) -> None:
+        """Read the special tokens off a probe pair, whatever the model family puts around its two texts."""
+        first, second = (self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", "b"))
+        whole = self.tokenizer("a", "b", return_token_type_ids=True)
+        ids, types = whole["input_ids"], whole["token_type_ids"]
+        start = _find(ids, first, 0)
+        end = _find(ids, second, start + len(first))
+        self._head = np.asarray(ids[:start], dtype=np.int32)
+        self._middle = np.asarray(ids[start + len(first) : end], dtype=np.int32)
+        self._tail = np.asarray(ids[end + len(second) :], dtype=np.int32)
+        self._query_lead = self._product_lead = ""
+        has_types = "token_type_ids" in self.tokenizer.model_input_names
+        self._types = (types[start], types[end]) if has_types else None
+
+    def _split_prompt(self, prompt: str) -> None:
+        """Cut a prompt at its two places; a space before a place moves into the text after it, where byte-pair
+        tokenizers expect it."""
+        before, rest = prompt.split("{query}")
+        between, after = rest.split("{product}")
+        self._query_lead = " " if before.endswith(" ") else ""
+        self._product_lead = " " if between.endswith(" ") else ""
+        # Whatever begins every input of this model (a start token) begins a prompt too; an end token does not end it,
+        # because the last token is the one that is read.
+        single, plain = self.tokenizer("a")["input_ids"], self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        start = np.asarray(single[: _find(single, plain, 0)], dtype=np.int32)
+        self._head = np.concatenate([start, self._literal(before.removesuffix(" "))])
+        self._middle = self._literal(between.removesuffix(" "))
+        self._tail = self._literal(after)
+        has_types = "token_type_ids" in self.tokenizer.model_input_names
+        self._types = (0, 0) if has_types else None
+
+
+def token_batches(lengths: Sequence[int] | np.ndarray, max_batch_tokens: int) -> list[np.ndarray]:
+    """Cut rows into batches of similar length.
+
+    Rows are sorted by length, longest first (so that memory runs out at once or never), and cut so that
+    `longest * rows <= max_batch_tokens`; a row longer than that is a batch of its own. Rows of length 0 are left out.
+
+    Returns:
+        Index arrays, int64, that together hold every row of positive length once.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    order = np.argsort(-lengths, kind="stable")
+    order = order[lengths[order] > 0]
+    batches, start = [], 0
+    while start < len(order):
+        stop = start + max(1, int(max_batch_tokens // lengths[order[start]]))
+        batches.append(order[start:stop])
+        start = stop
+    return batches
+
+
+def _find(ids: list[int], part: list[int], start: int) -> int:
+    for index in range(start, len(ids) - len(part) + 1):
+        if ids[index : index + len(part)] == part:
+            return index
+    raise AssertionError(f"tokens {part} are not in {ids} from {start}")

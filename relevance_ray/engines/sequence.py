@@ -1,0 +1,96 @@
+"""A sequence-classification folder to start training from, of an encoder or a causal model.
+
+Each worker loads this folder instead of building a model of its own, so all start from the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from relevance_ray.errors import UserError
+from relevance_ray.model_folder import ModelInfo, finish_folder, staged_folder
+
+_DROPOUT_KEYS = (
+    *("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"),  # BERT and its kin
+    *("dropout", "attention_dropout", "seq_classif_dropout"),  # DistilBERT
+    *("embedding_dropout", "mlp_dropout"),  # ModernBERT
+)
+
+
+def is_causal(source: str | Path) -> bool:
+    """Whether a model is a causal language model, by the architecture its configuration names."""
+    config = AutoConfig.from_pretrained(source)
+    return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or [])
+
+
+def build_sequence_folder(
+    source: str | Path,
+    info: ModelInfo,
+    out: Path,
+    *,
+    num_labels: int,
+    num_layers: int | None,
+    dropout: float,
+    seed: int,
+) -> None:
+    """Write `out`, whole or not at all; nothing happens where it exists already.
+
+    Args:
+        source: folder or hub id of the pretrained model.
+        info: what `relevance.json` will say.
+        num_labels: outputs of the fresh head.
+        num_layers: keep the first layers only; None keeps all.
+        dropout: of every kind the architecture has.
+        seed: decides the head's weights.
+
+    Raises:
+        UserError: fewer layers than asked for, or too few positions for the template's `max_tokens`.
+    """
+    if out.exists():
+        return
+    config = AutoConfig.from_pretrained(source)
+    if num_layers is not None and num_layers > config.num_hidden_layers:
+        raise UserError(
+            f"num_layers is {num_layers}, but model {source} has {config.num_hidden_layers} layers; ask for fewer"
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and info.template.max_tokens > positions:
+        raise UserError(
+            f"max_tokens is {info.template.max_tokens}, but model {source} reads {positions} at most; lower it"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if num_layers is not None:
+        config.num_hidden_layers = num_layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:num_layers]
+    config.num_labels = num_labels
+    config.pad_token_id = tokenizer.pad_token_id
+    for key in _DROPOUT_KEYS:
+        if isinstance(getattr(config, key, None), float | int):
+            setattr(config, key, dropout)
+    with torch.random.fork_rng(), _without_report():
+        torch.manual_seed(seed)
+        model = AutoModelForSequenceClassification.from_pretrained(source, config=config, dtype=torch.float32)
+    with staged_folder(out) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        finish_folder(partial, info)
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Spare the user the warning that the head is fresh: here it is meant to be."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)

@@ -1,0 +1,127 @@
+"""Sequence-classification folders, BERT-like and causal, run over pairs.
+
+One forward pass takes a fixed number of padded tokens, not of pairs, and rows of similar length share it, so that short
+titles do not pay for long ones. Float32 on a CPU (bf16 is several times slower without native support), bf16 on a GPU.
+The rows of a call are all tokenised before the first forward: give it a shard, not a catalog.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from relevance_ray.engines.base import SINGLE_LOGIT_GAINS, FolderModel, ModelEngine
+from relevance_ray.engines.encoding import PairEncoder, token_batches
+from relevance_ray.model_folder import ModelInfo, read_model_info
+
+DEFAULT_BATCH_TOKENS = 8192
+
+
+class SequenceModel(FolderModel):
+    """A cross-encoder or classifier: `num_labels` 1 gives class logits [0, logit], K gives K.
+
+    Args:
+        folder: a model folder of kind cross_encoder or classifier.
+        device: a torch device, or "auto".
+        max_batch_tokens: padded tokens of one forward pass.
+    """
+
+    def __init__(self, folder: str | Path, device: str = "auto", max_batch_tokens: int = DEFAULT_BATCH_TOKENS) -> None:
+        self.info = read_model_info(folder)
+        self.device = pick_device(device)
+        self.max_batch_tokens = max_batch_tokens
+        self.encoder = PairEncoder(AutoTokenizer.from_pretrained(folder), self.info.template)
+        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=pick_dtype(self.device))
+        if model.config.pad_token_id is None:
+            # A causal classifier finds its last token by looking for padding.
+            model.config.pad_token_id = self.encoder.pad_token_id
+        self.model = model.to(self.device).eval()
+        self.gains = gains_of(self.info, model.config.num_labels)
+
+    def _forward(
+        self, queries: Sequence[str], products: Sequence[Mapping[str, Any]]
+    ) -> tuple[np.ndarray, list[str | None]]:
+        encoded = self.encoder.encode(queries, products)
+        class_logits = np.full((len(queries), len(self.gains)), np.nan, dtype=np.float32)
+        with torch.inference_mode():
+            for rows in token_batches(encoded.lengths, self.max_batch_tokens):
+                batch = {key: torch.from_numpy(value) for key, value in self.encoder.pad(encoded, rows).items()}
+                found = self.model(**{key: value.to(self.device) for key, value in batch.items()}).logits
+                class_logits[rows] = as_class_logits(found.float().cpu().numpy())
+        return class_logits, encoded.errors
+
+
+class TransformersEngine(ModelEngine):
+    """The engine `transformers`: any model folder, whatever its kind."""
+
+    def __init__(
+        self,
+        model_folder: str | Path,
+        max_batch_tokens: int = DEFAULT_BATCH_TOKENS,
+        device: str = "auto",
+        num_threads: int | None = None,
+    ) -> None:
+        super().__init__(load_pair_model(model_folder, device, num_threads, max_batch_tokens))
+
+
+def load_pair_model(
+    folder: str | Path,
+    device: str = "auto",
+    num_threads: int | None = None,
+    max_batch_tokens: int = DEFAULT_BATCH_TOKENS,
+) -> FolderModel:
+    """Load any model folder.
+
+    Args:
+        folder: written by training, or by `build_bi_encoder_folder` and its kin.
+        device: a torch device, or "auto".
+        num_threads: CPU threads of torch in this process; None or 0 leaves them.
+        max_batch_tokens: padded tokens of one forward pass.
+
+    Raises:
+        UserError: no model folder.
+    """
+    if num_threads:
+        torch.set_num_threads(num_threads)
+    kind = read_model_info(folder).kind
+    if kind == "bi_encoder":
+        from relevance_ray.engines.bi_encoder import BiEncoderModel
+
+        return BiEncoderModel(folder, device, max_batch_tokens)
+    if kind == "bm25":
+        from relevance_ray.engines.bm25 import BM25Model
+
+        return BM25Model(folder)
+    if kind == "ensemble":
+        from relevance_ray.engines.ensemble import EnsembleModel
+
+        return EnsembleModel(folder, device, max_batch_tokens)
+    return SequenceModel(folder, device, max_batch_tokens)
+
+
+def pick_device(device: str) -> torch.device:
+    """The torch device of a name; "auto" is the GPU where there is one."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+
+
+def pick_dtype(device: torch.device) -> torch.dtype:
+    """Float32 on a CPU, bf16 on a GPU."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def gains_of(info: ModelInfo, num_labels: int) -> tuple[float, ...]:
+    """The gains of a head: the scale's, or (0, 1) for a single output."""
+    if num_labels == 1:
+        return SINGLE_LOGIT_GAINS
+    assert num_labels == info.scale.num_classes, (num_labels, info.scale)
+    return info.scale.gains
+
+
+def as_class_logits(outputs: np.ndarray) -> np.ndarray:
+    """[n, K] as it is, [n, 1] as [0, logit]."""
+    return np.concatenate([np.zeros_like(outputs), outputs], axis=1) if outputs.shape[1] == 1 else outputs
