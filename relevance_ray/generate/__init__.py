@@ -1,0 +1,1 @@
+"""Queries and candidate products to label."""

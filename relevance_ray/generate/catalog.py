@@ -1,0 +1,142 @@
+"""The catalog as generation reads it: rows by number, memory-mapped, shared by all workers of a machine.
+
+An Arrow IPC file holds what a group carries of each product; small arrays hold what candidates are drawn by (category,
+brand, identity of the text). The trade-off: about a kilobyte of disk per product for not moving any through Ray.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from relevance_ray.errors import UserError
+from relevance_ray.schema import DESCRIPTION_CHARS, FIELDS
+
+COLUMNS = ["product_id", "locale", *(field.name for field in FIELDS)]
+_SCHEMA = pa.schema([pa.field("product_id", pa.string()), pa.field("locale", pa.string()), *FIELDS])
+_ROWS_PER_BATCH = 10_000
+
+
+def search_text(columns: dict[str, list[Any]]) -> list[str]:
+    """What the candidate engines read of each product: title, brand, color and category, missing ones skipped."""
+    parts = zip(*(columns[name] for name in ("title", "brand", "color", "category")), strict=True)
+    return [" ".join(part for part in product if part) for product in parts]
+
+
+class Catalog:
+    """Read access to the folder that `build_catalog` wrote.
+
+    Attributes:
+        num_products: rows.
+        text_ids: int64 [num_products], equal for products whose search texts are equal.
+        num_distinct: how many different texts there are, the most that one group can hold.
+        brands: int32 [num_products], -1 where there is none.
+        categories: int32 [num_products], -1 where there is none.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._reader = pa.ipc.open_file(pa.memory_map(str(folder / "products.arrow")))
+        self.num_batches = self._reader.num_record_batches
+        self._starts = np.load(folder / "starts.npy")
+        self.num_products = int(self._starts[-1])
+        self.text_ids = np.load(folder / "text_ids.npy", mmap_mode="r")
+        self.num_distinct = int(np.load(folder / "num_distinct.npy"))
+        self.brands = np.load(folder / "brands.npy", mmap_mode="r")
+        self.categories = np.load(folder / "categories.npy", mmap_mode="r")
+        self._by_category = np.load(folder / "by_category.npy", mmap_mode="r")
+        self._category_starts = np.load(folder / "category_starts.npy", mmap_mode="r")
+
+    def batch(self, index: int) -> pa.RecordBatch:
+        return self._reader.get_batch(index)
+
+    def batches(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        for index in range(self.num_batches):
+            yield self.batch(index).select(columns)
+
+    def column(self, name: str) -> list[Any]:
+        """A whole column as Python values."""
+        return [value for batch in self.batches([name]) for value in batch.column(0).to_pylist()]
+
+    def take(self, rows: np.ndarray) -> pa.Table:
+        """The given rows, in their order: only the batches that hold them are touched."""
+        owner = np.searchsorted(self._starts, rows, side="right") - 1
+        order = np.argsort(owner, kind="stable")
+        pieces = []
+        for index in np.unique(owner):
+            local = rows[order][owner[order] == index] - self._starts[index]
+            pieces.append(self.batch(int(index)).take(pa.array(local)))
+        back = np.empty(len(rows), dtype=np.int64)
+        back[order] = np.arange(len(rows))
+        return pa.Table.from_batches(pieces, schema=_SCHEMA).combine_chunks().take(pa.array(back))
+
+    def same_category(self, row: int) -> np.ndarray:
+        """Rows of the products that share the row's category path, itself included; empty where it has none."""
+        category = int(self.categories[row])
+        if category < 0:
+            return np.empty(0, dtype=np.int64)
+        return self._by_category[self._category_starts[category] : self._category_starts[category + 1]]
+
+
+def build_catalog(products: Iterable[pa.Table], folder: Path) -> None:
+    """Write the catalog of a stream of PRODUCT tables into a new folder. Raises `UserError` for an empty stream."""
+    folder.mkdir(parents=True)
+    category_codes, brand_codes = _Codes(), _Codes()
+    text_ids: list[np.ndarray] = []
+    starts = [0]
+    with pa.ipc.new_file(str(folder / "products.arrow"), _SCHEMA) as writer:
+        for table in products:
+            table = table.select(COLUMNS)
+            cut = pc.utf8_slice_codeunits(table["description"], 0, DESCRIPTION_CHARS)
+            table = table.set_column(COLUMNS.index("description"), "description", cut).cast(_SCHEMA)
+            for batch in table.combine_chunks().to_batches(max_chunksize=_ROWS_PER_BATCH):
+                writer.write_batch(batch)
+                starts.append(starts[-1] + batch.num_rows)
+                columns = batch.select(["title", "brand", "color", "category"]).to_pydict()
+                category_codes.add(columns["category"])
+                brand_codes.add([brand and brand.casefold() for brand in columns["brand"]])
+                text_ids.append(_text_ids(search_text(columns)))
+    if starts[-1] == 0:
+        raise UserError("the catalog has no product; prepare one with at least one product before generating pairs")
+    categories = category_codes.array()
+    identity = np.concatenate(text_ids)
+    counts = np.bincount(categories[categories >= 0], minlength=len(category_codes))
+    by_category = np.argsort(categories, kind="stable")[int((categories < 0).sum()) :]
+    np.save(folder / "starts.npy", np.asarray(starts, dtype=np.int64))
+    np.save(folder / "text_ids.npy", identity)
+    np.save(folder / "num_distinct.npy", np.int64(len(np.unique(identity))))
+    np.save(folder / "brands.npy", brand_codes.array())
+    np.save(folder / "categories.npy", categories)
+    np.save(folder / "by_category.npy", by_category.astype(np.int64))
+    np.save(folder / "category_starts.npy", np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
+
+
+def _text_ids(texts: list[str]) -> np.ndarray:
+    hashes = b"".join(
+        hashlib.blake2b(text.casefold().encode("utf-8", "surrogatepass"), digest_size=8).digest() for text in texts
+    )
+    return np.frombuffer(hashes, dtype=np.int64)
+
+
+class _Codes:
+    """Numbers strings in the order they first appear; None is -1."""
+
+    def __init__(self) -> None:
+        self._codes: dict[str, int] = {}
+        self._chunks: list[np.ndarray] = []
+
+    def add(self, values: list[str | None]) -> None:
+        codes = self._codes
+        chunk = [codes.setdefault(value, len(codes)) if value else -1 for value in values]
+        self._chunks.append(np.asarray(chunk, dtype=np.int32))
+
+    def __len__(self) -> int:
+        return len(self._codes)
+
+    def array(self) -> np.ndarray:
+        return np.concatenate(self._chunks)

@@ -1,0 +1,115 @@
+"""Labeling: what a shard becomes, and that a run that was cut short goes on without doing anything twice."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from relevance_ray.engines.base import Labels, Pair
+from relevance_ray.labeling.pipeline import label, shards_to_label
+from relevance_ray.labeling.shard import count_errors, label_groups
+from relevance_ray.schema import GROUP, LABELED_GROUP, pair_id, product_fields
+from relevance_ray.storage import CommitLog
+
+
+def make_groups(start: int, stop: int, products: int = 3) -> pa.Table:
+    rows = []
+    for group in range(start, stop):
+        query = f"query {group}"
+        members = [
+            {
+                "pair_id": pair_id(query, f"p{n}"),
+                "product_id": f"p{n}",
+                "fields": product_fields({"title": f"title {n}", "attributes": {"size": "xl"}, "price": 1.5}),
+                "origins": [{"name": "random", "rank": n}],
+            }
+            for n in range(products)
+        ]
+        rows.append({"query_id": str(group), "query": query, "query_source": "log", "products": members})
+    return pa.Table.from_pylist(rows, schema=GROUP)
+
+
+class LengthEngine:
+    """A real engine of its own, small: the logit is the length of the query, and each call leaves a line in a file."""
+
+    gains = (0.0, 1.0)
+
+    def __init__(self, calls: Path) -> None:
+        self.calls = calls
+
+    def label(self, pairs: Sequence[Pair]) -> Labels:
+        with self.calls.open("a") as file:
+            file.write(f"{pairs[0].query}\n")
+        lengths = np.array([len(pair.query) for pair in pairs], dtype=np.float32)
+        errors: list[str | None] = ["no label" if pair.product_id == "p9" else None for pair in pairs]
+        lengths[[error is not None for error in errors]] = np.nan
+        return Labels(np.stack([np.zeros_like(lengths), lengths], axis=1), errors, [None] * len(pairs))
+
+
+def test_labels_stand_beside_their_products_and_a_failed_row_keeps_its_place(tmp_path: Path) -> None:
+    groups = pa.concat_tables([make_groups(0, 2), make_groups(100, 101, products=11)])
+    labeled = label_groups(groups.slice(1), LengthEngine(tmp_path / "calls"))
+    assert labeled.schema == LABELED_GROUP
+    first, second = labeled.to_pylist()
+    assert [row["logit"] for row in first["products"]] == [7.0, 7.0, 7.0]
+    assert first["products"][0]["class_logits"] == [0.0, 7.0]
+    assert first["products"][0]["fields"] == groups.slice(1).to_pylist()[0]["products"][0]["fields"]
+    failed = second["products"][9]
+    assert (failed["product_id"], failed["error"], failed["logit"], failed["class_logits"]) == (
+        "p9",
+        "no label",
+        None,
+        None,
+    )
+    assert second["products"][10]["logit"] == 9.0
+    assert count_errors(labeled) == 1
+
+
+@pytest.fixture
+def ray_sees_this_module(ray_cluster: None) -> Iterator[None]:
+    """Workers cannot import a test module; its classes travel by value."""
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    yield
+    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+@pytest.mark.usefixtures("ray_sees_this_module")
+def test_a_resumed_run_labels_only_what_is_missing_and_growth_only_what_is_new(tmp_path: Path) -> None:
+    groups = CommitLog(str(tmp_path / "generate"))
+    for start in range(0, 30, 10):
+        table = make_groups(start, start + 10)
+        groups.commit(f"groups-{start:010d}-{start + 10:010d}", table, "g", {"pairs": 30})
+    calls, out = tmp_path / "calls", str(tmp_path / "label")
+    run = partial(label, folder=out, fingerprint="t", open_engine=partial(LengthEngine, calls), num_actors=2)
+
+    shards = shards_to_label(groups, list(groups.committed()))
+    assert run(shards) == {"shards": 3, "skipped": 0, "pairs": 90, "errors": 0}
+    before = {name: record["checksum"] for name, record in CommitLog(out).committed().items()}
+
+    CommitLog(out).drop(shards[1].label_name)
+    groups.commit("groups-0000000030-0000000035", make_groups(30, 35), "g", {"pairs": 15})
+    grown = shards_to_label(groups, list(groups.committed()))
+    assert run(grown) == {"shards": 4, "skipped": 2, "pairs": 105, "errors": 0}
+    assert sorted(calls.read_text().split("\n")) == sorted(
+        ["", "query 0", "query 10", "query 20", "query 10", "query 30"]
+    )
+    after = {name: record["checksum"] for name, record in CommitLog(out).committed().items()}
+    assert before.items() <= after.items()
+
+
+def test_labels_are_kept_under_the_content_of_their_shard(tmp_path: Path) -> None:
+    groups = CommitLog(str(tmp_path / "generate"))
+    groups.commit("groups-0000000000-0000000002", make_groups(0, 2), "g", {"pairs": 6})
+    (shard,) = shards_to_label(groups, list(groups.committed()))
+    groups_again = CommitLog(str(tmp_path / "other"))
+    groups_again.commit("groups-0000000000-0000000002", make_groups(5, 7), "g", {"pairs": 6})
+    (other,) = shards_to_label(groups_again, list(groups_again.committed()))
+    assert shard.label_name != other.label_name
