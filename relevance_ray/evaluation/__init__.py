@@ -1,0 +1,1 @@
+"""Comparison of models on human judgments, with significance, and the report."""

@@ -1,0 +1,36 @@
+"""Options of the evaluation, light enough for the configuration to import."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from relevance_ray.options import STRICT, option
+
+Baseline = Literal["bm25", "cosine", "random"]
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """How models are compared on held-out human judgments."""
+
+    __pydantic_config__ = STRICT
+    splits: list[str] = option(["dev", "test"], "Splits of the human judgments to report, each by itself")
+    ks: list[int] = option([10], "Cutoffs k of nDCG@k, beside nDCG over the whole list")
+    precision: float = option(0.9, "The precision at which recall is reported")
+    num_resamples: int = option(1000, "Bootstrap resamples of the queries behind each 95% interval")
+    seed: int = option(0, "Seed of the resamples")
+    baselines: list[Baseline] = option(
+        ["bm25", "cosine", "random"], "Untrained scorers beside the models: BM25, a zero-shot cosine, random order"
+    )
+    cosine_model: str = option("minilm", "Encoder of the zero-shot cosine: a short name, a folder or a hub id")
+
+    def __post_init__(self) -> None:
+        if not self.splits or not set(self.splits) <= {"train", "dev", "test"}:
+            raise ValueError(f"splits {self.splits} must name some of train, dev, test")
+        if any(k < 1 for k in self.ks):
+            raise ValueError(f"ks {self.ks} must be cutoffs of at least 1")
+        if not 0 < self.precision <= 1:
+            raise ValueError(f"precision {self.precision} must be above 0 and at most 1")
+        if self.num_resamples < 1:
+            raise ValueError(f"num_resamples {self.num_resamples} must be at least 1")

@@ -1,0 +1,313 @@
+"""Comparison of models on judged groups: intervals, failures, the report."""
+
+import itertools
+import json
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from scipy.stats import norm
+from sklearn.metrics import ndcg_score, roc_auc_score
+
+from relevance_ray.data.prepare import iter_products, prepare, read_judged, read_scale
+from relevance_ray.data.source import DataOptions
+from relevance_ray.engines.base import SINGLE_LOGIT_GAINS, FolderModel
+from relevance_ray.engines.transformers import load_pair_model
+from relevance_ray.errors import UserError
+from relevance_ray.evaluation.baselines import build_baselines
+from relevance_ray.evaluation.compare import (
+    Predictions,
+    compare_predictions,
+    difference,
+    evaluate_models,
+    predict,
+)
+from relevance_ray.evaluation.judged import flatten, of_split
+from relevance_ray.evaluation.options import EvaluateOptions
+from relevance_ray.evaluation.report import render_markdown, verdict, write_report
+from relevance_ray.evaluation.significance import (
+    mean_over_queries,
+    over_pairs,
+    percentile_interval,
+    resample_counts,
+    value_of,
+)
+from relevance_ray.metrics import group_offsets, roc_auc
+from relevance_ray.model_folder import ModelInfo
+from relevance_ray.schema import JUDGED_GROUP, PRODUCT, SCALES, pair_id, product_fields
+from relevance_ray.templates import Template
+
+ESCI = SCALES["esci"]
+FAST = EvaluateOptions(num_resamples=200)
+
+
+def judged_table(num_queries: int = 12, *, seed: int = 0, grades: str = "ICSE", split: str = "test") -> pa.Table:
+    """Queries with 4 to 9 products each, graded at random; a title tells its grade."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for q in range(num_queries):
+        products = []
+        for i in range(int(rng.integers(4, 10))):
+            grade = str(rng.choice(list(grades)))
+            products.append(
+                {
+                    "pair_id": pair_id(f"query {q}", str(i)),
+                    "product_id": str(i),
+                    "fields": product_fields({"title": f"product {i} of grade {grade}"}),
+                    "origins": [{"name": "human", "rank": 0}],
+                    "grade": grade,
+                    "soft_target": 0.5,
+                    "rater_grades": None,
+                }
+            )
+        rows.append(
+            {"query_id": str(q), "query": f"query {q}", "query_source": "human", "split": split, "products": products}
+        )
+    return pa.Table.from_pylist(rows, schema=JUDGED_GROUP)
+
+
+class TitleReader(FolderModel):
+    """A model that reads the grade off the title, right up to noise, and refuses some titles."""
+
+    def __init__(self, *, noise: float = 0.0, refuses: str = "nothing"):
+        self.info = ModelInfo("cross_encoder", ESCI, Template())
+        self.gains = SINGLE_LOGIT_GAINS
+        self.noise, self.refuses, self.calls = noise, refuses, []
+
+    def _forward(self, queries, products):
+        self.calls.append(len(queries))
+        logits = np.array([float("ICSE".index(product["title"][-1])) for product in products])
+        logits += self.noise * np.random.default_rng(len(queries)).normal(size=len(logits))
+        errors = ["too good to be true" if p["title"].endswith(self.refuses) else None for p in products]
+        return np.stack([np.zeros(len(logits)), logits], axis=1).astype(np.float32), errors
+
+
+def test_judged_groups_flatten_with_gains_classes_and_relevance():
+    pairs = flatten(judged_table(), ESCI)
+    letters = [product["title"][-1] for product in pairs.products]
+    assert pairs.gains.tolist() == [{"I": 0.0, "C": 0.01, "S": 0.1, "E": 1.0}[letter] for letter in letters]
+    assert pairs.classes.tolist() == ["ICSE".index(letter) for letter in letters]
+    assert pairs.relevant.tolist() == [letter == "E" for letter in letters]
+    assert pairs.num_queries == 12
+    assert all(len(set(pairs.queries[a:b])) == 1 for a, b in itertools.pairwise(pairs.offsets))
+
+
+def test_an_unknown_grade_names_query_and_product():
+    with pytest.raises(UserError, match=r"query 'query 0' and product '0'.*grade"):
+        flatten(judged_table(grades="X"), ESCI)
+
+
+def test_bootstrap_interval_of_a_mean_is_the_normal_one():
+    values = np.random.default_rng(0).normal(size=400)
+    samples = mean_over_queries(values)(resample_counts(400, 4000, seed=1))
+    low, high = percentile_interval(samples)
+    half = norm.ppf(0.975) * values.std() / np.sqrt(400)
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.006)
+
+
+def test_a_resample_of_a_pooled_metric_is_the_metric_of_the_drawn_queries():
+    rng = np.random.default_rng(2)
+    offsets = group_offsets([3, 5, 4])
+    relevant, scores = rng.random(12) < 0.5, rng.normal(size=12)
+    statistic = over_pairs(lambda weights: roc_auc(relevant, scores, weights), offsets)
+    drawn = np.concatenate([np.arange(0, 3), np.arange(8, 12), np.arange(8, 12)])
+    assert statistic(np.array([[1.0, 0.0, 2.0]])) == pytest.approx([float(roc_auc(relevant[drawn], scores[drawn]))])
+
+
+def test_queries_without_a_value_leave_every_mean_they_are_drawn_into():
+    statistic = mean_over_queries(np.array([0.2, np.nan, 0.6]))
+    assert value_of(statistic, 3) == pytest.approx(0.4)
+    assert statistic(np.array([[3.0, 0, 0], [0, 3, 0], [1, 1, 1]])) == pytest.approx([0.2, np.nan, 0.4], nan_ok=True)
+
+
+def test_figures_equal_scikit_learn_on_the_same_judgments():
+    judged, model = judged_table(), TitleReader(noise=1.0)
+    results = evaluate_models(judged, {"student": model}, ESCI, FAST)
+    pairs = flatten(judged, ESCI)
+    scores = predict(TitleReader(noise=1.0), pairs).logits
+    metrics = results["splits"]["test"]["models"]["student"]["metrics"]
+    spans = [slice(a, b) for a, b in itertools.pairwise(pairs.offsets)]
+    per_query = [ndcg_score([pairs.gains[s]], [scores[s]], k=10) for s in spans if pairs.gains[s].any()]
+    assert metrics["ndcg@10"]["value"] == pytest.approx(np.mean(per_query))
+    assert metrics["roc_auc"]["value"] == pytest.approx(roc_auc_score(pairs.relevant, scores))
+    assert metrics["ndcg@10"]["low"] < metrics["ndcg@10"]["value"] < metrics["ndcg@10"]["high"]
+    assert "macro_f1" not in metrics  # no calibration, no grades
+
+
+def test_a_paired_difference_is_surer_than_its_two_figures():
+    judged = judged_table(60)
+    pairs = flatten(judged, ESCI)
+    base = predict(TitleReader(noise=3.0), pairs).logits
+    nudged = base + 0.3 * pairs.classes
+    split = compare_predictions(pairs, {"better": Predictions(nudged), "base": Predictions(base)}, ESCI, FAST)
+    found = difference(split, "ndcg", "better", "base")
+    single = split["models"]["base"]["metrics"]["ndcg"]
+    assert found["low"] > 0
+    assert found["high"] - found["low"] < 0.5 * (single["high"] - single["low"])
+    turned = difference(split, "ndcg", "base", "better")
+    assert (turned["difference"], turned["low"], turned["high"]) == (
+        -found["difference"],
+        -found["high"],
+        -found["low"],
+    )
+
+
+def test_the_same_seed_gives_the_same_intervals():
+    pairs = flatten(judged_table(), ESCI)
+    predictions = {"a": Predictions(np.arange(pairs.num_pairs, dtype=float))}
+    assert compare_predictions(pairs, predictions, ESCI, FAST) == compare_predictions(pairs, predictions, ESCI, FAST)
+
+
+def test_perfect_grades_have_an_f1_of_one():
+    pairs = flatten(judged_table(), ESCI)
+    perfect = Predictions(pairs.classes.astype(float), pairs.classes)
+    metrics = compare_predictions(pairs, {"m": perfect}, ESCI, FAST)["models"]["m"]["metrics"]
+    for name in ("ndcg", "roc_auc", "macro_f1", "micro_f1", "pairwise_accuracy", "recall@precision0.9", "mrr"):
+        assert metrics[name]["value"] == 1.0
+
+
+def test_a_pair_that_a_model_refuses_is_ranked_last_and_counted():
+    judged = judged_table()
+    results = evaluate_models(judged, {"all": TitleReader(), "refusing": TitleReader(refuses="E")}, ESCI, FAST)
+    models = results["splits"]["test"]["models"]
+    assert models["all"]["num_failed"] == 0
+    assert models["refusing"]["num_failed"] == flatten(judged, ESCI).relevant.sum()
+    assert models["refusing"]["metrics"]["roc_auc"]["value"] == 0.0
+    assert len(models["refusing"]["errors"]) == 3
+    markdown = render_markdown(results, title="t", about={})
+    assert "Pairs that could not be scored, ranked last: refusing" in markdown
+    assert f"- refusing: {models['refusing']['errors'][0]}" in markdown
+    assert "too good to be true" in markdown
+
+
+def test_models_are_asked_in_blocks_of_whole_queries_and_each_pair_once(monkeypatch):
+    monkeypatch.setattr("relevance_ray.evaluation.compare.PAIRS_PER_CALL", 15)
+    pairs = flatten(judged_table(), ESCI)
+    model, seen = TitleReader(), []
+    predict(model, pairs, seen.append)
+    assert model.calls == seen
+    assert sum(seen) == pairs.num_pairs
+    assert len(seen) > 2
+    assert set(np.cumsum(seen)) <= set(pairs.offsets)
+
+
+def test_random_order_is_the_floor_and_splits_are_reported_apart():
+    judged = pa.concat_tables([judged_table(split="dev"), judged_table(seed=1), judged_table(seed=2, split="train")])
+    results = evaluate_models(judged, {"student": TitleReader()}, ESCI, FAST)
+    assert list(results["splits"]) == ["dev", "test"]
+    random = results["splits"]["test"]["models"]["random"]["metrics"]
+    assert random["roc_auc"]["value"] == random["pairwise_accuracy"]["value"] == 0.5
+    assert 0.2 < random["ndcg"]["value"] < 1.0
+
+
+def test_no_judgment_in_any_split_says_what_to_change():
+    with pytest.raises(UserError, match=r"dev or test.*evaluate\.splits"):
+        evaluate_models(judged_table(split="train"), {}, ESCI, FAST)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"splits": ["tset"]}, {"splits": []}, {"ks": [0]}, {"precision": 0.0}, {"num_resamples": 0}]
+)
+def test_options_out_of_range_are_refused_by_name(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        EvaluateOptions(**wrong)
+
+
+def test_the_report_says_what_the_interval_carries(tmp_path):
+    models = {"teacher": TitleReader(noise=1.0), "student": TitleReader()}
+    results = evaluate_models(judged_table(60), models, ESCI, FAST)
+    write_report(results, str(tmp_path), title="Market", about={"teacher": "a title reader"})
+    markdown = (tmp_path / "report.md").read_text()
+    assert "The student passes the teacher on test nDCG: +0." in markdown
+    assert "- **teacher**: a title reader" in markdown
+    assert "| student minus | teacher | random |" in markdown
+    assert "| recall at precision 0.9 |" in markdown
+    stored = json.loads((tmp_path / "report.json").read_text())
+    assert stored["about"] == {"teacher": "a title reader"}
+    assert stored["splits"]["test"]["models"]["student"]["metrics"]["ndcg"]["value"] == 1.0
+
+
+def test_the_verdict_claims_nothing_within_the_noise():
+    pairs = flatten(judged_table(8), ESCI)
+    rng = np.random.default_rng(0)
+    same = {name: Predictions(rng.normal(size=pairs.num_pairs)) for name in ("student", "teacher")}
+    split = compare_predictions(pairs, same, ESCI, FAST)
+    sentence = verdict("test", split, "student", "teacher")
+    assert sentence.startswith("The student cannot be told from the teacher on test nDCG")
+    assert "cross-validate" in sentence
+    swapped = compare_predictions(pairs, {"student": same["student"], "teacher": Predictions(pairs.gains)}, ESCI, FAST)
+    assert verdict("test", swapped, "student", "teacher").startswith("The student falls behind the teacher")
+    assert verdict("test", swapped, "student", "bm25") is None
+
+
+def test_only_one_split_is_taken():
+    judged = pa.concat_tables([judged_table(3, split="dev"), judged_table(4)])
+    assert of_split(judged, "dev").num_rows == 3
+
+
+def products_of(judged: pa.Table) -> pa.Table:
+    rows = {p["product_id"]: p for group in judged["products"].to_pylist() for p in group}
+    return pa.Table.from_pylist([{"product_id": key, **row["fields"]} for key, row in rows.items()], schema=PRODUCT)
+
+
+def test_baselines_are_model_folders_calibrated_on_dev_and_built_once(tmp_path):
+    judged, scale = grounded_table(), SCALES["binary"]
+    dev, streams = judged.slice(0, 6), []
+
+    def products():
+        streams.append(1)
+        yield products_of(judged)
+
+    template = Template(max_tokens=32, prompt="{query} {product}")
+    folders = build_baselines(FAST, products, dev, scale, template, tmp_path)
+    assert list(folders) == ["bm25", "cosine"]
+    before = {name: (folder / "relevance.json").read_bytes() for name, folder in folders.items()}
+    assert build_baselines(FAST, products, dev, scale, template, tmp_path) == folders
+    assert len(streams) == 1
+    assert {name: (folder / "relevance.json").read_bytes() for name, folder in folders.items()} == before
+
+    models = {name: load_pair_model(folder) for name, folder in folders.items()}
+    results = evaluate_models(judged, models, scale, FAST)
+    found = {name: model["metrics"] for name, model in results["splits"]["test"]["models"].items()}
+    for name in ("bm25", "cosine"):
+        assert found[name]["ndcg"]["value"] > found["random"]["ndcg"]["value"] + 0.1
+        assert found[name]["macro_f1"]["value"] > 0.8
+
+
+def test_on_real_judgments_bm25_and_the_cosine_beat_random_order(shared_data, tmp_path):
+    prepare(DataOptions(format="esci", path=str(shared_data / "esci")), tmp_path / "prepared")
+    judged, scale = read_judged(tmp_path / "prepared"), read_scale(tmp_path / "prepared")
+    dev = of_split(judged, "dev")
+    folders = build_baselines(
+        FAST, lambda: iter_products(tmp_path / "prepared"), dev, scale, Template(max_tokens=48), tmp_path / "baselines"
+    )
+    models = {name: load_pair_model(folder) for name, folder in folders.items()}
+    split = evaluate_models(judged, models, scale, replace(FAST, splits=["test"]))["splits"]["test"]
+    assert split["num_queries"] == 15
+    for name in ("bm25", "cosine"):
+        assert difference(split, "ndcg", name, "random")["difference"] > 0.02
+        assert difference(split, "pairwise_accuracy", name, "random")["difference"] > 0.03
+        assert split["models"][name]["num_failed"] == 0
+
+
+def grounded_table() -> pa.Table:
+    """Queries for a thing, one product that is the thing and four that are other things."""
+    things = ["lamp", "kettle", "bicycle", "carpet", "violin", "hammer", "sofa", "camera", "tent", "mirror"]
+    rows = []
+    for q, thing in enumerate(things):
+        sold = [thing, *(things[(q + i) % len(things)] for i in range(1, 5))]
+        products = [
+            {
+                "pair_id": pair_id(thing, name),
+                "product_id": name,
+                "fields": product_fields({"title": f"a fine {name}", "brand": "Acme"}),
+                "origins": [{"name": "human", "rank": 0}],
+                "grade": str(int(name == thing)),
+                "soft_target": float(name == thing),
+                "rater_grades": None,
+            }
+            for name in reversed(sold)
+        ]
+        rows.append({"query_id": thing, "query": thing, "query_source": "human", "split": "test", "products": products})
+    return pa.Table.from_pylist(rows, schema=JUDGED_GROUP)

@@ -1,0 +1,39 @@
+"""A real but tiny student folder: a one-layer BERT with random weights, saved and finished as training would."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+from relevance_ray.calibration import OrdinalCalibration
+from relevance_ray.model_folder import ModelInfo, finish_folder
+from relevance_ray.schema import SCALES
+from relevance_ray.templates import Template
+
+WORDS = "red blue green running shoe shoes leather wallet phone case nike acme for with and a cotton shirt 1 2 3 9"
+
+
+def build_tiny_student(folder: Path, template: Template | None = None, calibrated: bool = True) -> Path:
+    """Write a cross-encoder of the ESCI scale whose logits spread widely enough to differ between products."""
+    folder.mkdir(parents=True)
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS.split()]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(7)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+        num_labels=1,
+        initializer_range=0.5,
+    )
+    BertForSequenceClassification(config).save_pretrained(folder)
+    calibration = OrdinalCalibration(1.5, (-1.0, 0.0, 1.0)) if calibrated else None
+    template = template or Template(max_tokens=32)
+    finish_folder(folder, ModelInfo("cross_encoder", SCALES["esci"], template, calibration))
+    return folder
