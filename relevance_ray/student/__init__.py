@@ -1,0 +1,1 @@
+"""The small model that learns from the teacher."""

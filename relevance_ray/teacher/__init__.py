@@ -1,0 +1,1 @@
+"""The LLM that learns from the human judgments."""

@@ -1,0 +1,1 @@
+"""The one data-parallel loop, and the tasks that plug into it."""

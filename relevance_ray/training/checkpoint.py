@@ -1,0 +1,90 @@
+"""Checkpoints of the loop: whole or absent, the latest two kept.
+
+A checkpoint is one folder, `step-0000000100/`, written under another name and renamed, so that a kill at any moment
+leaves the previous one. It holds only the trained weights (with LoRA, the adapters), the optimizer and the loop's state;
+everything else is rebuilt from the task, which is the same every time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+KEPT = 2
+
+
+@dataclass
+class LoopState:
+    """Where the loop stands.
+
+    Attributes:
+        step: optimizer steps done.
+        pairs: (query, product) pairs trained on.
+        seconds: time spent in steps, over all runs of this loop.
+        best_step: the step whose weights are the best so far; -1 before the first evaluation.
+        best_metrics: what was measured there.
+    """
+
+    step: int = 0
+    pairs: int = 0
+    seconds: float = 0.0
+    best_step: int = -1
+    best_metrics: dict[str, float] = field(default_factory=dict)
+
+
+def trained_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights that training changes, on the CPU."""
+    return {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def load_trained_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Put `trained_weights` back, in place."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert parameters.keys() == weights.keys(), sorted(parameters.keys() ^ weights.keys())[:5]
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+
+
+def save_file(path: Path, value: object) -> None:
+    """`torch.save` of a whole file or none."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    torch.save(value, partial)
+    os.replace(partial, path)
+
+
+def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: LoopState) -> None:
+    """Write the checkpoint of `state.step` below `folder` and remove all but the latest `KEPT`."""
+    final = folder / f"step-{state.step:010d}"
+    partial = folder / f".{final.name}.{uuid.uuid4().hex[:8]}"
+    partial.mkdir(parents=True)
+    torch.save(trained_weights(model), partial / "weights.pt")
+    torch.save(optimizer.state_dict(), partial / "optimizer.pt")
+    (partial / "state.json").write_text(json.dumps(asdict(state)), encoding="utf-8")
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    for old in _checkpoints(folder)[:-KEPT]:
+        shutil.rmtree(old)
+    for unfinished in folder.glob(".step-*"):
+        shutil.rmtree(unfinished)
+
+
+def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> LoopState:
+    """Restore the latest checkpoint below `folder`, or return a fresh state where there is none."""
+    found = _checkpoints(folder)
+    if not found:
+        return LoopState()
+    load_trained_weights(model, torch.load(found[-1] / "weights.pt", map_location="cpu", weights_only=True))
+    optimizer.load_state_dict(torch.load(found[-1] / "optimizer.pt", map_location="cpu", weights_only=True))
+    return LoopState(**json.loads((found[-1] / "state.json").read_text(encoding="utf-8")))
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*"))

@@ -1,0 +1,65 @@
+"""The last acts of a training: calibration on the dev queries, and a model folder that appears whole."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from relevance_ray.calibration import OrdinalCalibration
+from relevance_ray.errors import UserError
+from relevance_ray.model_folder import INFO_FILE, ModelInfo, finish_folder, read_model_info, staged_folder
+from relevance_ray.schema import LabelScale
+from relevance_ray.student.collate import grade_distributions, read_judged_split
+from relevance_ray.training.fit import FitResult
+
+
+def finished_summary(out_dir: Path) -> dict[str, Any] | None:
+    """What the training said that finished this folder, or None where there is no finished folder."""
+    return dict(read_model_info(out_dir).extra["training"]) if (out_dir / INFO_FILE).is_file() else None
+
+
+def check_dev_queries(judged_file: str) -> None:
+    """Raise `UserError` where there is nothing to choose weights by and to calibrate on; before training, not after."""
+    if read_judged_split(judged_file, "dev").num_rows == 0:
+        raise UserError(f"{judged_file} has no query of split dev, which training needs; raise data.dev_percent")
+    if read_judged_split(judged_file, "train").num_rows == 0:
+        raise UserError(f"{judged_file} has no query of split train; lower data.test_percent and data.dev_percent")
+
+
+def calibrate(logits: np.ndarray, judged_file: str, scale: LabelScale) -> OrdinalCalibration:
+    """Fit the class probabilities of a model on the human grades of the dev queries, without smoothing.
+
+    Args:
+        logits: [n] of the dev pairs in the order of the file, NaN where a pair could not be scored.
+    """
+    distributions = grade_distributions(read_judged_split(judged_file, "dev"), scale, label_smoothing=0.0)
+    usable = np.isfinite(logits)
+    if not usable.any():
+        raise UserError(f"none of the dev pairs of {judged_file} can be scored; look at its queries and product fields")
+    return OrdinalCalibration.fit(logits[usable], distributions[usable])
+
+
+def publish_fit(
+    result: FitResult, start: Path, out_dir: Path, calibration: OrdinalCalibration, labels: str
+) -> dict[str, Any]:
+    """Make the model folder of what a loop left, which began at folder `start`, and drop both. Returns the summary."""
+    summary = {
+        "labels": labels,
+        "steps": result.steps,
+        "best_step": result.best_step,
+        "dev": result.metrics,
+        "pairs": result.pairs,
+        "seconds": result.seconds,
+        "pairs_per_second": round(result.pairs_per_second, 2),
+    }
+    started = read_model_info(start)
+    info = ModelInfo(started.kind, started.scale, started.template, calibration, {"training": summary})
+    with staged_folder(out_dir) as partial:
+        shutil.copytree(result.model_folder, partial, dirs_exist_ok=True)
+        finish_folder(partial, info)
+    shutil.rmtree(result.model_folder)
+    shutil.rmtree(start)
+    return summary

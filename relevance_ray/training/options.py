@@ -1,0 +1,116 @@
+"""Options of training, light enough for the configuration to import (neither torch nor Ray)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from relevance_ray.options import STRICT, option
+from relevance_ray.student.options import CrossEncoderOptions
+from relevance_ray.teacher.options import ClassifierOptions
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """The optimisation loop. An example is a group for a student, a judged pair for a teacher."""
+
+    __pydantic_config__ = STRICT
+    epochs: int = option(1, "Passes over the examples")
+    learning_rate: float = option(
+        1e-4, "Peak learning rate; it rises linearly over the warmup, then falls linearly to 0"
+    )
+    warmup_ratio: float = option(0.06, "Share of the steps that warm up")
+    weight_decay: float = option(0.01, "AdamW's weight decay, on matrices only")
+    batch_size: int = option(32, "Examples of one global batch, over all workers together")
+    max_grad_norm: float = option(1.0, "Gradients are clipped to this norm")
+    eval_every: int = option(
+        0, "Steps between evaluations on the dev queries, the best of which is kept; 0: after each epoch"
+    )
+    seed: int = option(0, "Decides the order of the examples, dropout, and every fresh weight")
+    precision: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "auto: bfloat16 on a GPU, float32 on a CPU (where bfloat16 is slower unless the CPU has it natively)"
+    )
+    max_batch_tokens: int = option(8192, "Tokens whose activations one worker holds at once", operational=True)
+    checkpoint_every: int = option(100, "Steps between checkpoints to resume from", operational=True)
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "max_batch_tokens", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} {getattr(self, name)} must be above 0")
+        if not 0.0 <= self.warmup_ratio <= 1.0:
+            raise ValueError(f"warmup_ratio {self.warmup_ratio} must be in [0, 1]")
+        if self.weight_decay < 0 or self.eval_every < 0 or self.seed < 0:
+            raise ValueError("weight_decay, eval_every and seed must not be negative")
+
+
+@dataclass(frozen=True)
+class TeacherFitOptions(FitOptions):
+    """A teacher sees a few thousand judged pairs several times."""
+
+    __pydantic_config__ = STRICT
+    epochs: int = option(3, "Passes over the judged pairs")
+    learning_rate: float = option(5e-5, "Peak learning rate; with LoRA about ten times that of a full fine-tune")
+    warmup_ratio: float = option(0.1, "Share of the steps that warm up")
+
+
+@dataclass(frozen=True)
+class StudentOptions(CrossEncoderOptions):
+    """The student and how it is distilled."""
+
+    __pydantic_config__ = STRICT
+    kind: Literal["cross_encoder"] = option("cross_encoder", "The architecture")
+    level_weight: float = option(
+        0.05, "Weight of the mean difference to the teacher; 0 is the paper's form, margins alone"
+    )
+    loss: Literal["margin_mse", "soft_bce"] = option(
+        "margin_mse", "Loss on the labels: their margins, or binary cross-entropy on their sigmoid"
+    )
+    human_loss: Literal["margin_mse", "soft_bce"] = option(
+        "soft_bce",
+        "Loss of the same student on human labels alone, the baseline: on the soft targets, or on their logits' margins",
+    )
+    max_group_products: int = option(16, "Larger groups are cut, at random, into parts of at most this many products")
+    fit: FitOptions = option(FitOptions(), "The loop")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.level_weight < 0:
+            raise ValueError(f"level_weight {self.level_weight} must not be negative")
+        if self.max_group_products < 2:
+            raise ValueError(
+                f"max_group_products {self.max_group_products} must be at least 2: a margin needs two products"
+            )
+
+
+@dataclass(frozen=True)
+class TeacherMemberOptions(ClassifierOptions):
+    """One member of an ensemble: trained (classifier), or used as it is (bi_encoder, bm25)."""
+
+    __pydantic_config__ = STRICT
+    kind: Literal["classifier", "bi_encoder", "bm25"] = option("classifier", "What the member is")
+    fit: TeacherFitOptions = option(TeacherFitOptions(), "The loop, for a classifier")
+
+
+@dataclass(frozen=True)
+class TeacherOptions(TeacherMemberOptions):
+    """The teacher: one model, or an ensemble stacked on out-of-fold predictions."""
+
+    __pydantic_config__ = STRICT
+    kind: Literal["classifier", "bi_encoder", "ensemble"] = option(  # type: ignore[assignment]
+        "classifier", "A trained classifier, an untrained bi-encoder (only calibrated), or an ensemble of `members`"
+    )
+    members: list[TeacherMemberOptions] = option([], "Members of an ensemble")
+    folds: int = option(2, "Folds of the train queries for a trained member's out-of-fold predictions")
+    stack_l2: float = option(0.01, "Ridge of the stacking regression")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.folds < 2:
+            raise ValueError(f"folds {self.folds} must be at least 2")
+        if self.stack_l2 < 0:
+            raise ValueError(f"stack_l2 {self.stack_l2} must not be negative")
+        if (self.kind == "ensemble") != bool(self.members):
+            raise ValueError("`members` belongs to kind ensemble, which needs at least one")

@@ -1,0 +1,72 @@
+"""Distilling a student: from labeled groups to a finished model folder.
+
+The same function trains the baseline that the distilled student is measured against, on human judgments alone: same model,
+same loop, other labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from relevance_ray.calibration import logit_of_classes
+from relevance_ray.engines.base import SINGLE_LOGIT_GAINS
+from relevance_ray.schema import LabelScale
+from relevance_ray.student.cross_encoder import build_cross_encoder
+from relevance_ray.training.finish import calibrate, check_dev_queries, finished_summary, publish_fit
+from relevance_ray.training.fit import OnProgress
+from relevance_ray.training.options import StudentOptions
+from relevance_ray.training.runners import Runner, local_runner
+from relevance_ray.training.tasks import StudentTaskSpec
+
+
+def train_student(
+    options: StudentOptions,
+    scale: LabelScale,
+    train_files: Sequence[str] | None,
+    judged_file: str,
+    out_dir: Path,
+    work_dir: Path,
+    runner: Runner = local_runner,
+    on_progress: OnProgress | None = None,
+    max_groups: int | None = None,
+) -> dict[str, Any]:
+    """Train, calibrate on the dev queries, and put the model folder in place.
+
+    Args:
+        options: the student's.
+        scale: of the human grades.
+        train_files: Parquet files of labeled groups; None trains on the human judgments alone, by `options.human_loss`.
+        judged_file: judged groups: split dev chooses the weights and calibrates, split train is the baseline's data.
+        out_dir: the model folder; it appears whole. One that is there already is left as it is.
+        work_dir: checkpoints and log, on a file system that all workers see. A killed run continues from it.
+        runner: `local_runner`, or one from `ray_runner`.
+        on_progress: called with lines of the log.
+        max_groups: only the first so many groups, for a scaling curve.
+
+    Returns:
+        The summary that also stands in the folder's `relevance.json` under `extra.training`.
+
+    Raises:
+        UserError: no group with two labeled products, no dev query, or a model that does not resolve.
+    """
+    if (summary := finished_summary(out_dir)) is not None:
+        return summary
+    check_dev_queries(judged_file)
+    start = work_dir / "start"
+    build_cross_encoder(options, scale, start, options.fit.seed)
+    spec = StudentTaskSpec(
+        start=str(start.absolute()),
+        train_files=tuple([judged_file] if train_files is None else train_files),
+        judged_file=judged_file,
+        loss=options.human_loss if train_files is None else options.loss,
+        level_weight=options.level_weight,
+        max_group_products=options.max_group_products,
+        seed=options.fit.seed,
+        max_groups=max_groups,
+    )
+    result = runner(spec, options.fit, work_dir / "fit", on_progress)
+    calibration = calibrate(logit_of_classes(result.predictions(), SINGLE_LOGIT_GAINS), judged_file, scale)
+    labels = "human judgments" if train_files is None else "teacher"
+    return publish_fit(result, start, out_dir, calibration, labels)

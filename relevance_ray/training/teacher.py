@@ -1,0 +1,201 @@
+"""Training a teacher on human judgments: one classifier, an untrained bi-encoder, or an ensemble of several.
+
+The stack of an ensemble is fitted on out-of-fold logits, so each trained member is trained `folds + 1` times: once without
+each fold, to predict it, and once on everything, to be used. That is the price of weights that do not reward memorising.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from relevance_ray.calibration import OrdinalCalibration, logit_of_classes
+from relevance_ray.engines.base import SINGLE_LOGIT_GAINS
+from relevance_ray.engines.bi_encoder import build_bi_encoder_folder
+from relevance_ray.engines.bm25 import build_bm25_folder
+from relevance_ray.engines.ensemble import build_ensemble_folder, fit_stack, stack_logits
+from relevance_ray.engines.transformers import load_pair_model
+from relevance_ray.model_folder import ModelInfo, read_model_info, staged_folder, write_model_info
+from relevance_ray.models import resolve_model
+from relevance_ray.schema import LabelScale
+from relevance_ray.student.collate import flatten_groups, grade_distributions, read_judged_split
+from relevance_ray.teacher.classifier import build_classifier
+from relevance_ray.teacher.options import ClassifierOptions
+from relevance_ray.training.finish import calibrate, check_dev_queries, finished_summary, publish_fit
+from relevance_ray.training.fit import OnProgress
+from relevance_ray.training.options import TeacherMemberOptions, TeacherOptions
+from relevance_ray.training.runners import Runner, local_runner
+from relevance_ray.training.tasks import TeacherTaskSpec, query_folds
+
+Products = Callable[[], Iterable[pa.Table]]
+
+
+def train_teacher(
+    options: TeacherOptions,
+    scale: LabelScale,
+    judged_file: str,
+    products: Products,
+    out_dir: Path,
+    work_dir: Path,
+    runner: Runner = local_runner,
+    on_progress: OnProgress | None = None,
+    label_smoothing: float = 0.1,
+) -> dict[str, Any]:
+    """Train, calibrate on the dev queries, and put the model folder in place.
+
+    Args:
+        options: the teacher's.
+        scale: of the human grades.
+        judged_file: judged groups: split train is learnt, split dev chooses the weights and calibrates.
+        products: gives the catalog in blocks of the PRODUCT schema; asked for only where a member is BM25.
+        out_dir: the model folder; it appears whole. One that is there already is left as it is.
+        work_dir: what an ended fold or member leaves is kept here, so that a killed run continues at the next.
+        runner: `local_runner`, or one from `ray_runner`.
+        on_progress: called with lines of the log; in an ensemble each has a `part` ("member 0, fold 1 of 2").
+        label_smoothing: mass of a grade that leaks to its neighbours where a single rater gave it.
+
+    Returns:
+        The summary that also stands in the folder's `relevance.json` under `extra.training`.
+
+    Raises:
+        UserError: no train or dev query, fewer train queries than folds, or a model that does not resolve.
+    """
+    if (summary := finished_summary(out_dir)) is not None:
+        return summary
+    check_dev_queries(judged_file)
+    trainer = _Trainer(scale, judged_file, products, runner, on_progress, label_smoothing)
+    if options.kind == "ensemble":
+        return trainer.ensemble(options, out_dir, work_dir)
+    if options.kind == "bi_encoder":
+        return trainer.untrained(options, "bi_encoder", out_dir, work_dir)
+    return trainer.classifier(options, out_dir, work_dir)
+
+
+class _Trainer:
+    """What all kinds of teacher need at hand."""
+
+    def __init__(
+        self,
+        scale: LabelScale,
+        judged_file: str,
+        products: Products,
+        runner: Runner,
+        on_progress: OnProgress | None,
+        label_smoothing: float,
+    ) -> None:
+        self.scale, self.judged_file, self.products = scale, judged_file, products
+        self.runner, self.on_progress, self.label_smoothing = runner, on_progress, label_smoothing
+
+    def classifier(self, member: TeacherMemberOptions, out_dir: Path, work_dir: Path, part: str = "") -> dict[str, Any]:
+        """Train one classifier on all train judgments and calibrate it."""
+        if (summary := finished_summary(out_dir)) is not None:
+            return summary
+        start = work_dir / "start"
+        build_classifier(member, self.scale, start, member.fit.seed)
+        spec = self._spec(member, start)
+        result = self.runner(spec, member.fit, work_dir / "fit", self._progress(part))
+        logits = logit_of_classes(result.predictions(), self._gains(member))
+        calibration = calibrate(logits, self.judged_file, self.scale)
+        return publish_fit(result, start, out_dir, calibration, labels="human judgments")
+
+    def untrained(self, options: TeacherMemberOptions, kind: str, out_dir: Path, work_dir: Path) -> dict[str, Any]:
+        """A bi-encoder or BM25 as it is, calibrated."""
+        if (summary := finished_summary(out_dir)) is not None:
+            return summary
+        plain = work_dir / "plain"
+        template = options.template(causal=False)
+        if not plain.exists():
+            if kind == "bi_encoder":
+                build_bi_encoder_folder(resolve_model(options.model), self.scale, plain, template)
+            else:
+                build_bm25_folder(self.products(), template, self.scale, plain)
+        calibration = calibrate(self._logits(plain, "dev"), self.judged_file, self.scale)
+        summary = {"labels": "none", "kind": kind}
+        _publish(plain, out_dir, calibration, summary)
+        return summary
+
+    def ensemble(self, options: TeacherOptions, out_dir: Path, work_dir: Path) -> dict[str, Any]:
+        """Members, their out-of-fold logits, the stack, its calibration."""
+        folders, train_logits, dev_logits, summaries = [], [], [], []
+        for number, member in enumerate(options.members):
+            place = work_dir / f"member-{number}"
+            folder = place / "model"
+            if member.kind == "classifier":
+                train_logits.append(self._out_of_fold(member, options.folds, place, f"member {number}"))
+                summaries.append(self.classifier(member, folder, place / "full", f"member {number}, all folds"))
+            else:
+                summaries.append(self.untrained(member, member.kind, folder, place))
+                train_logits.append(self._logits(folder, "train"))
+            dev_logits.append(self._logits(folder, "dev"))
+            folders.append(folder)
+        features = np.stack(train_logits, axis=1)
+        target = grade_distributions(read_judged_split(self.judged_file, "train"), self.scale, self.label_smoothing)
+        usable = np.isfinite(features).all(axis=1)
+        stack = fit_stack(features[usable], target[usable], options.stack_l2)
+        dev = logit_of_classes(stack_logits(np.stack(dev_logits, axis=1), stack), self.scale.gains)
+        calibration = calibrate(dev, self.judged_file, self.scale)
+        summary = {"labels": "human judgments", "kind": "ensemble", "folds": options.folds, "members": summaries}
+        plain = work_dir / "plain"
+        shutil.rmtree(plain, ignore_errors=True)
+        build_ensemble_folder(folders, stack, self.scale, plain)
+        _publish(plain, out_dir, calibration, summary)
+        return summary
+
+    def _out_of_fold(self, member: TeacherMemberOptions, folds: int, place: Path, part: str) -> np.ndarray:
+        """Logits of all train pairs, float32 [n], each by a model that was trained without its query's fold."""
+        start = place / "start"
+        build_classifier(member, self.scale, start, member.fit.seed)
+        queries = flatten_groups(read_judged_split(self.judged_file, "train")).queries
+        fold_of_pair = query_folds(queries, folds)
+        out = np.full(len(queries), np.nan, dtype=np.float32)
+        for fold in range(folds):
+            spec = self._spec(member, start, folds, fold)
+            progress = self._progress(f"{part}, fold {fold + 1} of {folds}")
+            result = self.runner(spec, member.fit, place / f"fold-{fold}", progress)
+            shutil.rmtree(result.model_folder, ignore_errors=True)  # only its predictions are wanted
+            held_out = fold_of_pair == fold
+            out[held_out] = logit_of_classes(result.predictions()[held_out], self._gains(member))
+        return out
+
+    def _spec(
+        self, member: TeacherMemberOptions, start: Path, folds: int = 1, held_out: int | None = None
+    ) -> TeacherTaskSpec:
+        return TeacherTaskSpec(
+            start=str(start.absolute()),
+            judged_file=self.judged_file,
+            lora=member.lora,
+            label_smoothing=self.label_smoothing,
+            seed=member.fit.seed,
+            folds=folds,
+            held_out=held_out,
+        )
+
+    def _gains(self, member: ClassifierOptions) -> tuple[float, ...]:
+        return SINGLE_LOGIT_GAINS if member.num_classes == "single" else self.scale.gains
+
+    def _logits(self, folder: Path, split: str) -> np.ndarray:
+        """float32 [n] of the pairs of a split, NaN where one cannot be scored."""
+        model = load_pair_model(folder)
+        flat = flatten_groups(read_judged_split(self.judged_file, split))
+        return logit_of_classes(model.label_rows(flat.queries, flat.products).class_logits, model.gains)
+
+    def _progress(self, part: str) -> OnProgress | None:
+        on_progress = self.on_progress
+        if on_progress is None or not part:
+            return on_progress
+        return lambda record: on_progress({**record, "part": part})
+
+
+def _publish(plain: Path, out_dir: Path, calibration: OrdinalCalibration, summary: dict[str, Any]) -> None:
+    """Move a finished but uncalibrated folder to its place, with what was still missing."""
+    info = read_model_info(plain)
+    extra = {**info.extra, "training": summary}
+    with staged_folder(out_dir) as partial:
+        shutil.copytree(plain, partial, dirs_exist_ok=True)
+        write_model_info(partial, ModelInfo(info.kind, info.scale, info.template, calibration, extra))
+    shutil.rmtree(plain)

@@ -1,0 +1,232 @@
+"""The loop: its order, its exact resume, and that the number of workers changes nothing but speed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ray import cloudpickle
+from safetensors.torch import load_file
+from tiny_training import SCALE, build_tiny_encoder, judged_groups, labeled_groups, write
+
+from relevance_ray.errors import UserError
+from relevance_ray.student.cross_encoder import build_cross_encoder
+from relevance_ray.student.options import CrossEncoderOptions
+from relevance_ray.training.fit import FitResult, epoch_order, micro_batches, schedule, share_by_cost
+from relevance_ray.training.options import FitOptions
+from relevance_ray.training.runners import local_runner
+from relevance_ray.training.tasks import StudentTask, StudentTaskSpec
+
+OPTIONS = FitOptions(
+    epochs=2, learning_rate=3e-3, batch_size=10, max_batch_tokens=128, checkpoint_every=3, eval_every=4, seed=3
+)
+
+
+def student_spec(tmp_path: Path, dropout: float = 0.0) -> StudentTaskSpec:
+    model = build_tiny_encoder(tmp_path / "encoder")
+    options = CrossEncoderOptions(model=str(model), max_tokens=16, dropout=dropout)
+    build_cross_encoder(options, SCALE, tmp_path / "start", seed=0)
+    return StudentTaskSpec(
+        start=str(tmp_path / "start"),
+        train_files=[write(tmp_path / "groups.parquet", labeled_groups(47))],
+        judged_file=write(tmp_path / "judged.parquet", judged_groups(20)),
+        loss="margin_mse",
+        level_weight=0.05,
+        max_group_products=8,
+        seed=0,
+    )
+
+
+def losses_of(result: FitResult) -> list[float]:
+    lines = [json.loads(line) for line in (Path(result.work_dir) / "log.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, result.steps + 1))
+    return [line["loss"] for line in steps]
+
+
+def weights_of(result: FitResult) -> dict[str, torch.Tensor]:
+    return load_file(result.model_folder / "model.safetensors")
+
+
+def test_the_order_is_a_pure_function_of_seed_and_epoch() -> None:
+    assert sorted(epoch_order(50, 1, 0)) == list(range(50))
+    assert epoch_order(50, 1, 0).tolist() == epoch_order(50, 1, 0).tolist()
+    assert epoch_order(50, 1, 0).tolist() != epoch_order(50, 1, 1).tolist()
+    assert epoch_order(50, 1, 0).tolist() != epoch_order(50, 2, 0).tolist()
+
+
+def test_workers_get_nearly_equal_costs_and_every_example_once() -> None:
+    rng = np.random.default_rng(0)
+    examples, costs = rng.permutation(64), rng.integers(20, 200, 64)
+    cost_of = dict(zip(examples.tolist(), costs.tolist(), strict=True))
+    shares = share_by_cost(examples, costs, 3)
+    assert sorted(np.concatenate(shares)) == list(range(64))
+    loads = [sum(cost_of[example] for example in share.tolist()) for share in shares]
+    assert max(loads) < 1.02 * min(loads)
+    assert [len(share) for share in share_by_cost(np.array([7]), np.array([5]), 2)] == [1, 0]
+
+
+def test_micro_batches_stay_within_their_tokens() -> None:
+    runs = micro_batches(np.arange(5), np.array([40, 40, 30, 200, 10]), 100)
+    assert [run.tolist() for run in runs] == [[0, 1], [2], [3], [4]]
+    assert micro_batches(np.arange(0), np.arange(0), 100) == []
+
+
+def test_the_learning_rate_rises_then_falls_to_zero() -> None:
+    rates = [schedule(step, 10, 0.2) for step in range(10)]
+    np.testing.assert_allclose(rates, [1 / 3, 2 / 3, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
+
+
+def test_micro_batching_does_not_change_the_gradient(tmp_path: Path) -> None:
+    spec = student_spec(tmp_path)
+    whole = local_runner(spec, replace(OPTIONS, max_batch_tokens=100_000), tmp_path / "whole")
+    parts = local_runner(spec, replace(OPTIONS, max_batch_tokens=1), tmp_path / "parts")
+    np.testing.assert_allclose(losses_of(whole), losses_of(parts), rtol=1e-4)
+
+
+class KilledError(Exception):
+    """Stands for a kill: the loop gets no chance to put anything in order."""
+
+
+@pytest.mark.parametrize("kill_at", [2, 5, 7])
+def test_a_killed_run_takes_the_same_steps_as_an_undisturbed_one(tmp_path: Path, kill_at: int) -> None:
+    spec = student_spec(tmp_path, dropout=0.2)
+    undisturbed = local_runner(spec, OPTIONS, tmp_path / "undisturbed")
+
+    def kill(record: dict[str, Any]) -> None:
+        if record["step"] == kill_at:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        local_runner(spec, OPTIONS, tmp_path / "killed", kill)
+    ran: list[int] = []
+    resumed = local_runner(spec, OPTIONS, tmp_path / "killed", lambda record: ran.append(record["step"]))
+    assert ran[0] == kill_at // 3 * 3 + 1
+    assert losses_of(resumed) == losses_of(undisturbed)
+    assert (resumed.best_step, resumed.metrics, resumed.pairs) == (
+        undisturbed.best_step,
+        undisturbed.metrics,
+        undisturbed.pairs,
+    )
+    expected = weights_of(undisturbed)
+    for name, weight in weights_of(resumed).items():
+        assert torch.equal(weight, expected[name]), name
+
+
+def test_an_ended_run_returns_at_once(tmp_path: Path) -> None:
+    spec = student_spec(tmp_path)
+    first = local_runner(spec, OPTIONS, tmp_path / "work")
+    ran: list[dict[str, Any]] = []
+    assert local_runner(spec, OPTIONS, tmp_path / "work", ran.append) == first
+    assert not ran
+
+
+def test_two_checkpoints_are_kept_and_a_half_written_one_is_not_read(tmp_path: Path) -> None:
+    spec = student_spec(tmp_path)
+    work = tmp_path / "work"
+
+    def kill(record: dict[str, Any]) -> None:
+        if record["step"] == 10:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        local_runner(spec, replace(OPTIONS, epochs=3), work, kill)
+    assert sorted(path.name for path in (work / "checkpoints").iterdir()) == ["step-0000000006", "step-0000000009"]
+    (work / "checkpoints" / ".step-0000000012.abc").mkdir()
+    ran: list[int] = []
+    local_runner(spec, replace(OPTIONS, epochs=3), work, lambda record: ran.append(record["step"]))
+    assert ran[0] == 10
+    assert not (work / "checkpoints").exists()
+
+
+@dataclass(frozen=True)
+class FadingSpec:
+    """A student whose dev metric is scripted: the best comes second of four."""
+
+    spec: StudentTaskSpec
+
+    def build(self, rank: int, world_size: int) -> StudentTask:
+        task = StudentTask(self.spec)
+        values = iter([0.5, 0.9, 0.7, 0.9])
+        task.evaluate = lambda: {"ndcg": next(values)}  # type: ignore[method-assign]
+        return task
+
+
+def test_the_best_weights_are_kept_and_the_earliest_of_equals(tmp_path: Path) -> None:
+    spec = student_spec(tmp_path)
+    options = replace(OPTIONS, epochs=3)
+    result = local_runner(FadingSpec(spec), options, tmp_path / "work")
+    assert (result.steps, result.best_step, result.metrics) == (15, 8, {"ndcg": 0.9})
+    task = StudentTask(spec)
+    assert not torch.equal(weights_of(result)["classifier.weight"], task.model.classifier.weight)
+
+
+def test_a_loss_that_explodes_stops_the_run(tmp_path: Path) -> None:
+    spec = student_spec(tmp_path)
+    with pytest.raises(FloatingPointError, match=r"lower fit\.learning_rate"):
+        local_runner(spec, replace(OPTIONS, learning_rate=1e30, warmup_ratio=0.0), tmp_path / "work")
+
+
+@pytest.mark.usefixtures("ray_cluster")
+class TestRayTrain:
+    def test_two_workers_take_the_steps_of_one(self, tmp_path: Path) -> None:
+        from relevance_ray.training.ray_train import ray_runner
+
+        spec = student_spec(tmp_path)
+        one = local_runner(spec, OPTIONS, tmp_path / "one")
+        seen: list[dict[str, Any]] = []
+        two = ray_runner(num_workers=2)(spec, OPTIONS, tmp_path / "two", seen.append)
+        np.testing.assert_allclose(losses_of(two), losses_of(one), rtol=1e-4)
+        np.testing.assert_allclose(two.predictions(), one.predictions(), atol=1e-3)
+        assert seen[-1]["step"] == one.steps
+        assert ray_runner(num_workers=2)(spec, OPTIONS, tmp_path / "two") == two
+        assert not (tmp_path / "two" / "ray").exists()
+
+    def test_a_killed_worker_is_replaced_and_the_steps_stay_the_same(self, tmp_path: Path) -> None:
+        from relevance_ray.training.ray_train import ray_runner
+
+        spec = student_spec(tmp_path)
+        undisturbed = local_runner(spec, OPTIONS, tmp_path / "undisturbed")
+        cloudpickle.register_pickle_by_value(sys.modules[__name__])
+        mortal = MortalSpec(spec, str(tmp_path / "died"), at_loss=5)
+        result = ray_runner(num_workers=2)(mortal, OPTIONS, tmp_path / "work")
+        assert (tmp_path / "died").exists()
+        np.testing.assert_allclose(losses_of(result), losses_of(undisturbed), rtol=1e-4)
+
+    def test_what_the_user_must_mend_reaches_the_driver_as_such(self, tmp_path: Path) -> None:
+        from relevance_ray.training.ray_train import ray_runner
+
+        spec = replace(student_spec(tmp_path), train_files=[write(tmp_path / "none.parquet", labeled_groups(0))])
+        with pytest.raises(UserError, match="no group with two labeled products"):
+            ray_runner(num_workers=2)(spec, OPTIONS, tmp_path / "work")
+
+
+@dataclass(frozen=True)
+class MortalSpec:
+    """A task whose second worker kills itself, once."""
+
+    spec: StudentTaskSpec
+    marker: str
+    at_loss: int
+
+    def build(self, rank: int, world_size: int) -> StudentTask:
+        task = StudentTask(self.spec)
+        whole_loss, calls = task.loss, [0]
+
+        def loss(examples: np.ndarray) -> torch.Tensor:
+            calls[0] += 1
+            if rank == 1 and calls[0] == self.at_loss and not Path(self.marker).exists():
+                Path(self.marker).touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return whole_loss(examples)
+
+        task.loss = loss  # type: ignore[method-assign]
+        return task

@@ -1,0 +1,201 @@
+"""Collating groups, building a student, distilling it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_training import SCALE, agreement, build_tiny_encoder, judged_groups, labeled_groups, write
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from relevance_ray.calibration import logit_of_classes
+from relevance_ray.engines.encoding import PairEncoder
+from relevance_ray.engines.transformers import load_pair_model
+from relevance_ray.errors import UserError
+from relevance_ray.model_folder import read_model_info
+from relevance_ray.schema import LABELED_GROUP
+from relevance_ray.student import collate
+from relevance_ray.student.cross_encoder import build_cross_encoder
+from relevance_ray.templates import Template
+from relevance_ray.training.options import FitOptions, StudentOptions
+from relevance_ray.training.student import train_student
+
+
+@pytest.fixture(scope="module")
+def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_encoder(tmp_path_factory.mktemp("models") / "encoder")
+
+
+@pytest.fixture(scope="module")
+def pair_encoder(encoder_folder: Path) -> PairEncoder:
+    return PairEncoder(AutoTokenizer.from_pretrained(encoder_folder), Template(max_tokens=16))
+
+
+def student_options(model: Path, **changes: object) -> StudentOptions:
+    fit = FitOptions(epochs=15, learning_rate=5e-3, batch_size=16, max_batch_tokens=512, checkpoint_every=1000)
+    return StudentOptions(**{"model": str(model), "max_tokens": 16, "fit": fit, **changes})
+
+
+def test_pairs_are_packed_as_the_tokenizer_would_encode_them(pair_encoder: PairEncoder) -> None:
+    groups = collate.encode_groups([labeled_groups(3)], pair_encoder, max_group_products=8, seed=0)
+    flat = collate.flatten_groups(labeled_groups(3))
+    rows, place = groups.take(np.array([2, 0]))
+    assert place.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    texts = [flat.products[row]["title"] for row in rows]
+    queries = [flat.queries[row] for row in rows]
+    expected = pair_encoder.tokenizer(queries, texts, padding=True, return_tensors="np")
+    found = groups.pairs.pad(rows)
+    np.testing.assert_array_equal(found["input_ids"], expected["input_ids"])
+    np.testing.assert_array_equal(found["token_type_ids"], expected["token_type_ids"])
+    assert "attention_mask" not in found  # all of one length: nothing is padded
+    np.testing.assert_array_equal(groups.group_tokens, [28, 28, 28])
+    np.testing.assert_array_equal(
+        groups.target[rows], [3 * agreement(q, t) - 3 for q, t in zip(queries, texts, strict=True)]
+    )
+
+
+def test_padding_is_masked(pair_encoder: PairEncoder) -> None:
+    pairs = collate.pack_pairs(pair_encoder, ["red shoe", "red"], [{"title": "red"}, {"title": "blue"}])
+    found = pairs.pad(np.array([1, 0]))
+    assert found["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]]
+    assert found["input_ids"][0, -1] == pair_encoder.pad_token_id
+
+
+def test_pairs_without_a_usable_label_and_groups_left_with_one_are_left_out(pair_encoder: PairEncoder) -> None:
+    rows = labeled_groups(3).to_pylist()
+    rows[0]["products"][1]["error"] = "timed out"
+    rows[0]["products"][2]["logit"] = float("inf")
+    rows[1]["products"][0]["logit"] = None
+    for product in rows[2]["products"][1:]:
+        product["fields"]["title"] = None
+    table = labeled_groups(0).from_pylist(rows, schema=LABELED_GROUP)
+    groups = collate.encode_groups([table], pair_encoder, max_group_products=8, seed=0)
+    assert groups.rows.tolist() == [0, 3, 5, 6, 7]
+    assert groups.group_sizes.tolist() == [2, 3]
+
+
+def test_large_groups_are_cut_into_even_parts_that_lose_no_pair(pair_encoder: PairEncoder) -> None:
+    groups = collate.encode_groups([labeled_groups(2, products=10)], pair_encoder, max_group_products=4, seed=0)
+    assert groups.group_sizes.tolist() == [4, 3, 3, 4, 3, 3]
+    assert sorted(groups.rows[:10]) == list(range(10))
+    again = collate.encode_groups([labeled_groups(2, products=10)], pair_encoder, max_group_products=4, seed=0)
+    np.testing.assert_array_equal(groups.rows, again.rows)
+
+
+def test_max_groups_reads_the_first_ones_across_files(pair_encoder: PairEncoder) -> None:
+    tables = [labeled_groups(3), labeled_groups(3, seed=5)]
+    groups = collate.encode_groups(tables, pair_encoder, max_group_products=8, seed=0, max_groups=4)
+    assert len(groups.group_sizes) == 4
+
+
+def test_judged_groups_become_log_odds_of_their_soft_target(pair_encoder: PairEncoder) -> None:
+    table = judged_groups(4)
+    groups = collate.encode_groups([table], pair_encoder, max_group_products=8, seed=0)
+    p = collate.flatten_groups(table).floats("soft_target")
+    np.testing.assert_allclose(1 / (1 + np.exp(-groups.target)), p, rtol=1e-5)
+
+
+def test_no_usable_group_is_the_users_to_mend(pair_encoder: PairEncoder) -> None:
+    with pytest.raises(UserError, match="no group with two labeled products"):
+        collate.encode_groups([labeled_groups(0)], pair_encoder, max_group_products=8, seed=0)
+
+
+def test_the_seed_decides_the_head_and_depth_is_cut(encoder_folder: Path, tmp_path: Path) -> None:
+    options = student_options(encoder_folder, num_layers=1)
+    heads = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        build_cross_encoder(options, SCALE, tmp_path / name, seed)
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / name)
+        assert model.config.num_hidden_layers == 1
+        assert model.config.num_labels == 1
+        assert model.config.hidden_dropout_prob == 0.0
+        heads.append(model.classifier.weight.tolist())
+    assert heads[0] == heads[1] != heads[2]
+
+
+def test_more_layers_or_tokens_than_the_model_has_are_refused(encoder_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="num_layers is 9, but model .* has 2 layers"):
+        build_cross_encoder(student_options(encoder_folder, num_layers=9), SCALE, tmp_path / "out", 0)
+    with pytest.raises(UserError, match="max_tokens is 100, but model .* reads 64"):
+        build_cross_encoder(student_options(encoder_folder, max_tokens=100), SCALE, tmp_path / "out", 0)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("loss", ["margin_mse", "soft_bce"])
+def test_distillation_ends_in_a_calibrated_folder_that_ranks_like_its_teacher(
+    encoder_folder: Path, tmp_path: Path, loss: str
+) -> None:
+    files = [
+        write(tmp_path / "a.parquet", labeled_groups(100)),
+        write(tmp_path / "b.parquet", labeled_groups(60, seed=9)),
+    ]
+    judged_file = write(tmp_path / "judged.parquet", judged_groups(30))
+    out, work = tmp_path / "student", tmp_path / "work"
+    options = student_options(encoder_folder, loss=loss)
+    seen: list[dict] = []
+    summary = train_student(options, SCALE, files, judged_file, out, work, on_progress=seen.append)
+
+    assert summary["steps"] == 150
+    assert summary["pairs"] == 160 * 4 * 15
+    assert summary["dev"]["ndcg"] > 0.97
+    assert seen[-1]["step"] == 150
+    lines = [json.loads(line) for line in (work / "fit" / "log.jsonl").read_text().splitlines()]
+    assert lines == seen
+    assert not (work / "fit" / "checkpoints").exists()
+
+    info = read_model_info(out)
+    assert info.kind == "cross_encoder"
+    assert info.calibration is not None
+    model = load_pair_model(out)
+    logits = model.logits(["red shoe"] * 3, [{"title": "red shoe"}, {"title": "blue shoe"}, {"title": "blue lamp"}])
+    assert logits[0] > logits[1] > logits[2]
+    probability = info.calibration.probability(logits, SCALE.relevant_index)
+    assert probability[0] > 0.5 > probability[2]
+    if loss == "margin_mse":
+        np.testing.assert_allclose(logits - logits.mean(), [3, 0, -3], atol=1.0)
+
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert train_student(options, SCALE, files, judged_file, out, work) == summary
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
+
+
+def test_the_baseline_learns_from_human_judgments_alone(encoder_folder: Path, tmp_path: Path) -> None:
+    judged_file = write(tmp_path / "judged.parquet", judged_groups(60))
+    summary = train_student(
+        student_options(encoder_folder), SCALE, None, judged_file, tmp_path / "out", tmp_path / "work"
+    )
+    assert summary["labels"] == "human judgments"
+    assert summary["dev"]["ndcg"] > 0.8  # an untrained one has .7
+
+
+def test_a_judged_file_without_dev_queries_is_refused_before_training(encoder_folder: Path, tmp_path: Path) -> None:
+    table = judged_groups(10)
+    train = table.filter([split == "train" for split in table["split"].to_pylist()])
+    judged_file = write(tmp_path / "judged.parquet", train)
+    with pytest.raises(UserError, match=r"judged\.parquet has no query of split dev"):
+        train_student(student_options(encoder_folder), SCALE, None, judged_file, tmp_path / "out", tmp_path / "work")
+    assert not (tmp_path / "out").exists()
+
+
+def test_predictions_of_training_are_those_of_the_loaded_folder(encoder_folder: Path, tmp_path: Path) -> None:
+    judged_file = write(tmp_path / "judged.parquet", judged_groups(30))
+    files = [write(tmp_path / "a.parquet", labeled_groups(40))]
+    train_student(student_options(encoder_folder), SCALE, files, judged_file, tmp_path / "out", tmp_path / "work")
+    flat = collate.flatten_groups(collate.read_judged_split(judged_file, "dev"))
+    trained = logit_of_classes(np.load(tmp_path / "work" / "fit" / "predictions.npy"), (0.0, 1.0))
+    served = load_pair_model(tmp_path / "out").logits(flat.queries, flat.products)
+    np.testing.assert_allclose(served, trained, atol=1e-5)
+
+
+def test_sentence_transformers_reads_the_folder_and_gives_our_logits(encoder_folder: Path, tmp_path: Path) -> None:
+    from sentence_transformers import CrossEncoder
+
+    judged_file = write(tmp_path / "judged.parquet", judged_groups(30))
+    files = [write(tmp_path / "a.parquet", labeled_groups(40))]
+    train_student(student_options(encoder_folder), SCALE, files, judged_file, tmp_path / "out", tmp_path / "work")
+    pairs = [("red shoe", "red shoe"), ("red shoe", "blue lamp"), ("green case", "green shirt")]
+    ours = load_pair_model(tmp_path / "out").logits([q for q, _ in pairs], [{"title": t} for _, t in pairs])
+    theirs = CrossEncoder(str(tmp_path / "out"), device="cpu").predict(pairs)
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
