@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from typing import Any
 
 from relevance_ray.errors import UserError
 from relevance_ray.model_folder import staged_folder
+from relevance_ray.storage import cache_folder
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
@@ -61,11 +61,6 @@ def resolve_model(name: str) -> Path:
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return _from_hub(name)
     raise UserError(f"model {name!r} is unknown; give {_choices()}")
-
-
-def cache_folder() -> Path:
-    """Where converted and unpacked weights are kept."""
-    return Path(os.environ.get("RELEVANCE_RAY_CACHE", "~/.cache/relevance_ray")).expanduser()
 
 
 def _choices() -> str:

@@ -6,6 +6,8 @@ import contextlib
 import os
 from collections.abc import Iterator
 
+from relevance_ray.quiet import quiet_libraries
+
 
 @contextlib.contextmanager
 def ray_session(num_cpus: int | None = None) -> Iterator[None]:
@@ -13,9 +15,7 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
 
     A local Ray gets at least 4 logical CPUs: with fewer, a pool of actors can starve the stage that feeds it.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    quiet_libraries()
     import ray
 
     if ray.is_initialized():

@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -164,11 +164,6 @@ def localize(path: str) -> Path:
             fs.get_file(inner, str(partial))
         _put_in_place(partial, target)
     return target
-
-
-@contextlib.contextmanager
-def local_copy(path: str) -> Iterator[Path]:
-    yield localize(path)
 
 
 def _put_in_place(partial: Path, target: Path) -> None:

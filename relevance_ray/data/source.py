@@ -63,14 +63,20 @@ class DataOptions:
     format: Literal["market", "esci", "wands", "homedepot", "chorus", "generic"] = option(
         "market", "layout of the data: the built-in demo market, a public set, or your own files (generic)"
     )
-    path: str = option("", "folder that holds the files (not for the market)")
+    path: str = option("", "folder that holds the files (not for the market)", operational=True)
     market_size: int = option(10_000, "products of the demo market; its query log grows with it")
     seed: int = option(0, "seed of the demo market")
     queries: str = option(
-        "", "query log file (.parquet, .csv, .tsv, .jsonl) with a column `query`, and `frequency` if known"
+        "",
+        "query log file (.parquet, .csv, .tsv, .jsonl) with a column `query`, and `frequency` if known",
+        operational=True,
     )
-    products: str = option("", "generic format: products file, relative to `path`; empty: the one named products.*")
-    judgments: str = option("", "generic format: judgments file, relative to `path`; empty: the one named judgments.*")
+    products: str = option(
+        "", "generic format: products file, relative to `path`; empty: the one named products.*", operational=True
+    )
+    judgments: str = option(
+        "", "generic format: judgments file, relative to `path`; empty: the one named judgments.*", operational=True
+    )
     columns: dict[str, dict[str, str]] = option(
         {}, "generic format: {products: {our name: your column}, judgments: {...}}; unnamed ones keep our name"
     )

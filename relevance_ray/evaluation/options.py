@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from relevance_ray.options import STRICT, option
+from relevance_ray.training.options import HumanFitOptions
 
 Baseline = Literal["bm25", "cosine", "random"]
 
@@ -24,6 +25,10 @@ class EvaluateOptions:
         ["bm25", "cosine", "random"], "Untrained scorers beside the models: BM25, a zero-shot cosine, random order"
     )
     cosine_model: str = option("minilm", "Encoder of the zero-shot cosine: a short name, a folder or a hub id")
+    human_loss: Literal["margin_mse", "soft_bce"] = option(
+        "soft_bce", "Loss of the same student on human labels alone: on the soft targets, or on their log-odds' margins"
+    )
+    human_fit: HumanFitOptions = option(HumanFitOptions(), "The loop of the same student on human labels alone")
 
     def __post_init__(self) -> None:
         if not self.splits or not set(self.splits) <= {"train", "dev", "test"}:

@@ -21,7 +21,7 @@ class FitOptions:
     )
     warmup_ratio: float = option(0.06, "Share of the steps that warm up")
     weight_decay: float = option(0.01, "AdamW's weight decay, on matrices only")
-    batch_size: int = option(32, "Examples of one global batch, over all workers together")
+    batch_size: int = option(8, "Examples of one global batch, over all workers together")
     max_grad_norm: float = option(1.0, "Gradients are clipped to this norm")
     eval_every: int = option(
         0, "Steps between evaluations on the dev queries, the best of which is kept; 0: after each epoch"
@@ -47,11 +47,22 @@ class FitOptions:
 
 
 @dataclass(frozen=True)
+class HumanFitOptions(FitOptions):
+    """The student on human labels alone: few judged queries, so several passes in small batches, the best on dev kept.
+    A baseline that is left at a handful of steps would be a straw man."""
+
+    __pydantic_config__ = STRICT
+    epochs: int = option(3, "Passes over the judged queries")
+    batch_size: int = option(4, "Queries of one global batch, over all workers together")
+
+
+@dataclass(frozen=True)
 class TeacherFitOptions(FitOptions):
     """A teacher sees a few thousand judged pairs several times."""
 
     __pydantic_config__ = STRICT
     epochs: int = option(3, "Passes over the judged pairs")
+    batch_size: int = option(16, "Judged pairs of one global batch, over all workers together")
     learning_rate: float = option(5e-5, "Peak learning rate; with LoRA about ten times that of a full fine-tune")
     warmup_ratio: float = option(0.1, "Share of the steps that warm up")
 
@@ -67,10 +78,6 @@ class StudentOptions(CrossEncoderOptions):
     )
     loss: Literal["margin_mse", "soft_bce"] = option(
         "margin_mse", "Loss on the labels: their margins, or binary cross-entropy on their sigmoid"
-    )
-    human_loss: Literal["margin_mse", "soft_bce"] = option(
-        "soft_bce",
-        "Loss of the same student on human labels alone, the baseline: on the soft targets, or on their logits' margins",
     )
     max_group_products: int = option(16, "Larger groups are cut, at random, into parts of at most this many products")
     fit: FitOptions = option(FitOptions(), "The loop")

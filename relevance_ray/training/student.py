@@ -37,7 +37,7 @@ def train_student(
     Args:
         options: the student's.
         scale: of the human grades.
-        train_files: Parquet files of labeled groups; None trains on the human judgments alone, by `options.human_loss`.
+        train_files: Parquet files of labeled groups; None trains on the human judgments alone.
         judged_file: judged groups: split dev chooses the weights and calibrates, split train is the baseline's data.
         out_dir: the model folder; it appears whole. One that is there already is left as it is.
         work_dir: checkpoints and log, on a file system that all workers see. A killed run continues from it.
@@ -60,7 +60,7 @@ def train_student(
         start=str(start.absolute()),
         train_files=tuple([judged_file] if train_files is None else train_files),
         judged_file=judged_file,
-        loss=options.human_loss if train_files is None else options.loss,
+        loss=options.loss,
         level_weight=options.level_weight,
         max_group_products=options.max_group_products,
         seed=options.fit.seed,

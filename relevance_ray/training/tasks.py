@@ -56,6 +56,7 @@ class SequenceTask:
         judged = collate.read_judged_split(judged_file, "dev")
         self.dev = collate.encode_judged(judged, self.encoder, self.info.scale)
         self.asked = self.dev.pairs
+        self.asked_rows = np.arange(len(self.asked.lengths))
 
     def forward(self, pairs: collate.PackedPairs, rows: np.ndarray) -> torch.Tensor:
         """Outputs of the model for some rows: float32 [len(rows), num_labels]."""
@@ -69,9 +70,10 @@ class SequenceTask:
         back = torch.from_numpy(np.argsort(np.concatenate(runs))).to(device)
         return torch.cat(outputs)[back]
 
-    def class_logits(self, pairs: collate.PackedPairs) -> np.ndarray:
-        """float32 [n, K] of all pairs, NaN where one could not be encoded; every worker does its share. Collective."""
-        usable = np.flatnonzero(pairs.lengths)
+    def class_logits(self, pairs: collate.PackedPairs, rows: np.ndarray) -> np.ndarray:
+        """float32 [n, K] of n pairs, NaN for those not in `rows` or that could not be encoded; every worker does its
+        share. Collective."""
+        usable = rows[pairs.lengths[rows] > 0]
         usable = usable[np.argsort(-pairs.lengths[usable], kind="stable")]
         mine = usable[distributed.rank() :: distributed.world_size()]
         out = np.full((len(pairs.lengths), len(self.gains)), np.nan, dtype=np.float32)
@@ -83,13 +85,13 @@ class SequenceTask:
 
     def evaluate(self) -> dict[str, float]:
         """Mean nDCG over the dev queries that have a positive gain."""
-        logits = logit_of_classes(self.class_logits(self.dev.pairs), self.gains)
+        logits = logit_of_classes(self.class_logits(self.dev.pairs, np.arange(len(self.dev.gains))), self.gains)
         scores = np.where(np.isnan(logits), -np.inf, logits)
         per_query = metrics.ndcg(self.dev.gains, scores, self.dev.offsets)
         return {MAIN_METRIC: float(np.nanmean(per_query)) if np.isfinite(per_query).any() else 0.0}
 
     def predict(self) -> np.ndarray:
-        return self.class_logits(self.asked)
+        return self.class_logits(self.asked, self.asked_rows)
 
     def save(self, folder: Path) -> None:
         merge_lora(self.model).save_pretrained(folder)
@@ -134,7 +136,7 @@ class TeacherTask(SequenceTask):
         fold = query_folds(flat.queries, spec.folds)
         pairs = collate.pack_pairs(self.encoder, flat.queries, flat.products)
         if spec.held_out is not None:
-            self.asked = pairs
+            self.asked, self.asked_rows = pairs, np.flatnonzero(fold == spec.held_out)
         train = (pairs.lengths > 0) & (fold != spec.held_out if spec.held_out is not None else True)
         self.pairs, self.rows = pairs, np.flatnonzero(train)
         self.single = len(self.gains) == 2 and self.model.config.num_labels == 1
@@ -188,8 +190,8 @@ class TeacherTaskSpec:
         judged_file: judged groups; split train is learnt, split dev evaluated on.
         lora: rank, or 0.
         label_smoothing: mass of a grade that leaks to its neighbours.
-        folds, held_out: with `held_out`, the queries of that fold (of `folds`) are not trained on, and the prediction
-            is for all train pairs instead of the dev pairs.
+        folds, held_out: with `held_out`, the queries of that fold (of `folds`) are not trained on, and the
+            prediction is for them, in their rows among all train pairs, instead of for the dev pairs.
     """
 
     start: str

@@ -1,0 +1,211 @@
+"""Every model on every judged query of ESCI, by K-fold cross-validation with paired intervals.
+
+The test split of a small judged set holds too few queries to tell two good models apart. Here each fold runs the whole
+chain of `--config` on the other folds' queries (teacher, generated pairs, labels, student), trains the same student on
+those human labels alone, and scores the fold's own queries. Joined, each judged query is scored once, by models that
+never saw it nor a near-duplicate of it, and the bootstrap draws from all of them.
+
+    python benchmarks/esci_cross_validation.py --data FOLDER [--work FOLDER] [--quick]
+
+Killed and started again it goes on where it was: a fold with predictions is skipped, a half-done one resumes its chain.
+Trained models enter pooled metrics (AUC, recall at a precision) by their calibrated log-odds, since raw logits of
+different folds' models share no level; BM25 and the cosine keep their logits, which mean the same in every fold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from relevance_ray import storage
+from relevance_ray.config import Config, load_config
+from relevance_ray.data.prepare import read_judged, read_scale
+from relevance_ray.engines.base import FolderModel
+from relevance_ray.engines.transformers import load_pair_model
+from relevance_ray.evaluation.compare import (
+    Predictions,
+    as_results,
+    compare_predictions,
+    difference,
+    predict,
+    random_predictions,
+)
+from relevance_ray.evaluation.judged import JudgedPairs, flatten
+from relevance_ray.evaluation.options import Baseline
+from relevance_ray.evaluation.report import metric_title, write_report
+from relevance_ray.options import semantic
+from relevance_ray.schema import LabelScale
+from relevance_ray.steps import Chain
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAINED = ("student", "teacher", "human_only")
+BASELINES: tuple[Baseline, ...] = ("cosine", "bm25")
+MODELS = (*TRAINED, *BASELINES)
+
+QUICK = [
+    "teacher={kind: ensemble, max_tokens: 48, members: [{kind: bi_encoder, max_tokens: 48}, {kind: bm25}]}",
+    "generate={num_pairs: 1600, quotas: {bm25: 2, bm25_middle: 2, category: 2, random: 2}}",
+    "student.num_layers=2",
+    "student.max_tokens=48",
+    "student.fit.batch_size=8",
+    "evaluate={num_resamples: 500, human_fit: {epochs: 1}}",
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default_data = os.environ.get("RELEVANCE_RAY_TEST_DATA", str(ROOT / ".." / "shared" / "data"))
+    parser.add_argument("--data", default=f"{default_data}/esci", help="folder of the official ESCI files")
+    parser.add_argument("--config", default=str(ROOT / "jobs" / "esci.yaml"), help="the chain that each fold runs")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the configuration")
+    parser.add_argument("--work", default="runs/esci_cross_validation", help="where folds are kept, and resumed from")
+    parser.add_argument("--folds", type=int, help="number of folds (5; 2 with --quick)")
+    parser.add_argument("--quick", action="store_true", help="2 folds, untrained teacher, 2-layer student, few labels")
+    arguments = parser.parse_args()
+    num_folds = arguments.folds or (2 if arguments.quick else 5)
+    work = Path(arguments.work).absolute() / ("quick" if arguments.quick else "full")
+
+    folds: list[tuple[JudgedPairs, dict[str, Predictions]]] = []
+    judged, seconds = [], 0.0
+    for fold in range(num_folds):
+        config = load_config(
+            arguments.config,
+            [
+                *(QUICK if arguments.quick else []),
+                *arguments.set,
+                "data.format=esci",
+                f"evaluate.baselines={json.dumps(list(BASELINES))}",
+                f"data.path={json.dumps(str(Path(arguments.data).resolve()))}",
+                f"data.folds={num_folds}",
+                f"data.fold={fold}",
+                f"storage.root={json.dumps(str(work / f'fold-{fold}'))}",
+            ],
+        )
+        print(f"fold {fold + 1} of {num_folds}", flush=True)
+        table = fold_predictions(config)
+        prepared = Chain(config).folder("prepare")
+        scale = read_scale(prepared)
+        judged.append(read_judged(prepared, "test"))
+        folds.append((flatten(judged[-1], scale), read_predictions(table)))
+        seconds += float(table.schema.metadata[b"seconds"])
+
+    pairs, predictions = join_folds(folds, pa.concat_tables(judged), scale)
+    split = compare_predictions(pairs, predictions, scale, config.evaluate)
+    about = {
+        "command": f"python benchmarks/esci_cross_validation.py{' --quick' if arguments.quick else ''}",
+        "folds": f"{num_folds}, by query; near-duplicate queries in one fold",
+        "pairs labeled in each fold": f"{config.generate.num_pairs:,}",
+        "hardware": f"{os.cpu_count()} CPUs {platform.machine()}, torch {torch.__version__}",
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "time": f"{seconds / 60:.0f} minutes over all folds, each in its last attempt",
+    }
+    results = as_results({f"{num_folds}-fold cross-validation": split}, scale, config.evaluate)
+    write_report(results, str(work), title="ESCI, cross-validated", about=about)
+    print((work / "report.md").read_text())
+    print(json.dumps(last_line(split, scale, seconds, quick=arguments.quick, num_folds=num_folds)))
+
+
+def fold_predictions(config: Config) -> pa.Table:
+    """Predictions of all models for the test queries of one fold, made once for a configuration.
+
+    Columns `query_id`, `product_id`, and `NAME.logit` and `NAME.class` of each model; the fold's `seconds` lie in the
+    schema's metadata.
+    """
+    identity = storage.fingerprint(semantic(config), config.generate.num_pairs)
+    path = f"{config.storage.root}/predictions-{identity}.parquet"
+    if storage.exists(path):
+        print(f"predictions are there, skipped ({path})", flush=True)
+        return storage.read_table(path)
+    started = time.monotonic()
+    chain = Chain(config)
+    prepared = chain.run().folders["prepare"]
+    scale = read_scale(prepared)
+    models: dict[str, FolderModel] = {name: load_pair_model(folder) for name, folder in chain.models().items()}
+    pairs = flatten(read_judged(prepared, "test"), scale)
+    columns: dict[str, Any] = {
+        "query_id": np.repeat(pairs.query_ids, np.diff(pairs.offsets)),
+        "product_id": pairs.product_ids,
+    }
+    for name in MODELS:
+        model = models[name]
+        found = predict(model, pairs)
+        assert model.info.calibration is not None
+        logits = found.logits
+        if name in TRAINED:
+            logits = model.info.calibration.slope * logits - model.info.calibration.thresholds[scale.relevant_index - 1]
+        columns |= {f"{name}.logit": logits, f"{name}.class": found.classes}
+    metadata = {"seconds": f"{time.monotonic() - started:.1f}"}
+    table = pa.table(columns).replace_schema_metadata(metadata)
+    storage.write_table(path, table)
+    return table
+
+
+def read_predictions(table: pa.Table) -> dict[str, Predictions]:
+    """Model name -> predictions, out of a fold's table."""
+    return {name: Predictions(table[f"{name}.logit"].to_numpy(), table[f"{name}.class"].to_numpy()) for name in MODELS}
+
+
+def join_folds(
+    folds: list[tuple[JudgedPairs, dict[str, Predictions]]], judged: pa.Table, scale: LabelScale
+) -> tuple[JudgedPairs, dict[str, Predictions]]:
+    """All folds' pairs and predictions in one, each judged query once."""
+    pairs = flatten(judged, scale)
+    assert len(set(pairs.query_ids)) == pairs.num_queries, "a query is in two folds"
+    joined = {}
+    for name in MODELS:
+        parts = [predictions[name] for _, predictions in folds]
+        classes = [part.classes for part in parts if part.classes is not None]
+        joined[name] = Predictions(np.concatenate([part.logits for part in parts]), np.concatenate(classes))
+    return pairs, joined | {"random": random_predictions(pairs.num_pairs)}
+
+
+def last_line(
+    split: dict[str, Any], scale: LabelScale, seconds: float, *, quick: bool, num_folds: int
+) -> dict[str, Any]:
+    """The figures, and the student against each other model: what the line of JSON says."""
+    names = list(split["models"]["student"]["metrics"])
+    figures = {
+        model: {
+            metric: round(value["value"], 4) for metric, value in found["metrics"].items() if value["value"] is not None
+        }
+        for model, found in split["models"].items()
+    }
+    comparisons = []
+    for other in (name for name in split["models"] if name != "student"):
+        for metric in names:
+            found = difference(split, metric, "student", other)
+            if found is not None and found["difference"] is not None:
+                comparisons.append(
+                    {
+                        "what": f"student against {other}, {metric_title(metric)}",
+                        "ours": figures["student"][metric],
+                        "peer": figures[other][metric],
+                        **{key: None if value is None else round(value, 4) for key, value in found.items()},
+                        "rows": split["num_pairs"],
+                        "seconds": round(seconds, 1),
+                    }
+                )
+    return {
+        "benchmark": "esci_cross_validation",
+        "quick": quick,
+        "folds": num_folds,
+        "scale": scale.name,
+        "queries": split["num_queries"],
+        "rows": split["num_pairs"],
+        "seconds": round(seconds, 1),
+        "figures": figures,
+        "comparisons": comparisons,
+    }
+
+
+if __name__ == "__main__":
+    main()

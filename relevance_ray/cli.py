@@ -1,0 +1,184 @@
+"""The command line: one command a step, and what each exit code means.
+
+Exit codes: 0 done; 2 what the user must mend (one sentence, no traceback); 3 done with failed rows; 130 stopped by
+Ctrl-C, to be continued by the same command; 1 our fault, with its traceback.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from relevance_ray.errors import UserError
+from relevance_ray.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from relevance_ray.config import Config
+
+EXIT_USER, EXIT_FAILED_ROWS, EXIT_STOPPED = 2, 3, 130
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Distill an LLM's relevance judgments into a model that scores (query, product) in milliseconds.",
+)
+
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="The run's configuration.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one key, e.g. generate.num_pairs=20000."),
+]
+
+
+def _load(path: str, overrides: list[str] | None) -> Config:
+    from relevance_ray.config import load_config
+
+    return load_config(path, overrides or [])
+
+
+def _run_chain(config: Config, until: str | None) -> None:
+    from relevance_ray.steps import Chain
+
+    outcome = Chain(config).run(until)
+    evaluated = outcome.summaries.get("evaluate")
+    if evaluated:
+        typer.echo(f"\nreport: {evaluated['report']}")
+    if outcome.failed_rows:
+        typer.echo(
+            f"{outcome.failed_rows} rows could not be labeled; their `error` in {outcome.folders['label']}/data says why, "
+            "and training leaves them out",
+            err=True,
+        )
+        raise typer.Exit(EXIT_FAILED_ROWS)
+
+
+@app.command()
+def run(
+    config: ConfigPath,
+    set_: Overrides = None,
+    until: Annotated[str | None, typer.Option(metavar="STEP", help="Stop after this step.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
+) -> None:
+    """Run the whole chain: what is finished is skipped, what is half-done resumes."""
+    loaded = _load(config, set_)
+    if dry_run:
+        from relevance_ray.steps import Chain
+
+        for step, state, folder in Chain(loaded).plan(until):
+            typer.echo(f"{step:14} {state:7} {folder}")
+        return
+    _run_chain(loaded, until)
+
+
+def _step_command(step: str, doc: str) -> None:
+    def command(config: ConfigPath, set_: Overrides = None) -> None:
+        _run_chain(_load(config, set_), step)
+
+    command.__doc__ = f"{doc} Runs the steps it needs first."
+    app.command(step)(command)
+
+
+_step_command("prepare", "Read and check the data, and split it by query.")
+_step_command("train-teacher", "Train the teacher on the human judgments.")
+_step_command("generate", "Generate pairs to label.")
+_step_command("label", "Label the pairs with the teacher.")
+_step_command("train-student", "Distill the student.")
+_step_command("evaluate", "Compare all models on held-out human judgments.")
+
+
+@app.command()
+def demo(
+    set_: Overrides = None,
+    root: Annotated[str, typer.Option(help="Folder of the run.")] = "runs/demo",
+) -> None:
+    """The whole chain on the built-in market, then one request to the served student."""
+    from relevance_ray.demo import run_demo
+
+    run_demo(root, set_ or [])
+
+
+@app.command()
+def serve(
+    target: Annotated[
+        str, typer.Argument(metavar="CONFIG.yaml|MODEL_DIR", help="A run's configuration or a model folder.")
+    ],
+    set_: Overrides = None,
+    host: Annotated[str, typer.Option(help="Address to bind; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to bind.")] = 8000,
+) -> None:
+    """Serve a student over HTTP until Ctrl-C."""
+    from pathlib import Path
+
+    from relevance_ray.serving.app import serve_model
+    from relevance_ray.serving.options import ServeOptions
+
+    folder, options = Path(target), ServeOptions()
+    if target.endswith((".yaml", ".yml")):
+        from relevance_ray.steps import Chain
+
+        config = _load(target, set_)
+        folder, options = Chain(config).student(), config.serve
+    serve_model(folder, host, port, options)
+
+
+@app.command()
+def score(
+    model: Annotated[str, typer.Option(metavar="DIR", help="A student or teacher folder.")],
+    input_: Annotated[
+        str,
+        typer.Option("--input", metavar="FILE", help="Parquet, CSV or JSON lines with `query` and product columns."),
+    ],
+    output: Annotated[str, typer.Option(metavar="FILE", help="The same rows plus logit, probability, score.")],
+) -> None:
+    """Score the rows of a file."""
+    from pathlib import Path
+
+    from relevance_ray.progress import Progress
+    from relevance_ray.scoring import score_file
+
+    with Progress("score", unit="rows") as progress:
+        summary = score_file(
+            Path(model),
+            Path(input_),
+            Path(output),
+            on_progress=lambda done, failed: progress.update(done, failures=failed),
+        )
+    if summary.failed:
+        typer.echo(f"{summary.failed} rows could not be scored and are left empty; {summary.first_failure}", err=True)
+        raise typer.Exit(EXIT_FAILED_ROWS)
+
+
+@app.command("config")
+def show_config() -> None:
+    """Every configuration key with its default and meaning."""
+    from relevance_ray.config import describe
+
+    for key, default, description in describe():
+        typer.echo(f"{key} = {default}\n    {description}")
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Entry point of the command `relevance-ray`."""
+    signal.signal(signal.SIGTERM, _stop)
+    quiet_libraries()
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(EXIT_USER)
+    except KeyboardInterrupt:
+        typer.echo("\nstopped; the same command goes on from here", err=True)
+        sys.exit(EXIT_STOPPED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""The configuration of a run: one YAML file, validated before anything is spent.
+
+Each part of the package declares its own options (`relevance_ray.options`); here they are put together, validated by
+pydantic, and every mistake is told in one sentence that names the key, where it stands, and the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from relevance_ray.data.source import DataOptions
+from relevance_ray.engines.base import EngineOptions
+from relevance_ray.errors import UserError
+from relevance_ray.evaluation.options import EvaluateOptions
+from relevance_ray.generate.options import GenerateOptions
+from relevance_ray.options import STRICT, option
+from relevance_ray.serving.options import ServeOptions
+from relevance_ray.training.options import StudentOptions, TeacherOptions
+
+
+@dataclasses.dataclass(frozen=True)
+class StorageOptions:
+    """Where a run keeps everything."""
+
+    __pydantic_config__ = STRICT
+    root: str = option("runs/default", "Folder or s3://bucket/prefix that holds the steps of the run", operational=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class ResourceOptions:
+    """What each step may ask of the Ray cluster: changes speed, never results."""
+
+    __pydantic_config__ = STRICT
+    num_cpus: int | None = option(None, "CPUs of the local Ray; unset: all of them", operational=True)
+    generate_workers: int = option(2, "Ray tasks that generate shards at once", operational=True)
+    label_actors: int = option(1, "Engine actors that label shards", operational=True)
+    cpus_per_label_actor: int = option(2, "CPUs of one engine actor", operational=True)
+    gpus_per_label_actor: float = option(0, "GPUs of one engine actor", operational=True)
+    train_workers: int = option(2, "Data-parallel training workers", operational=True)
+    cpus_per_train_worker: int = option(1, "CPUs of one training worker", operational=True)
+    train_on_gpu: bool = option(False, "Give each training worker a GPU", operational=True)
+
+    def __post_init__(self) -> None:
+        for name in (
+            "generate_workers",
+            "label_actors",
+            "cpus_per_label_actor",
+            "train_workers",
+            "cpus_per_train_worker",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The whole of a run."""
+
+    __pydantic_config__ = STRICT
+    data: DataOptions = option(DataOptions(), "The catalog, the judgments and the query log")
+    storage: StorageOptions = option(StorageOptions(), "Where the run is kept")
+    teacher: TeacherOptions = option(TeacherOptions(), "The model that learns from the human judgments")
+    generate: GenerateOptions = option(GenerateOptions(), "The pairs for the teacher to label")
+    label: EngineOptions = option(EngineOptions(), "How the pairs are labeled")
+    student: StudentOptions = option(StudentOptions(), "The small model that learns from the teacher's labels")
+    evaluate: EvaluateOptions = option(EvaluateOptions(), "How models are compared on held-out human judgments")
+    serve: ServeOptions = option(ServeOptions(), "How the student is served")
+    resources: ResourceOptions = option(ResourceOptions(), "What each step may ask of the cluster")
+
+
+_ADAPTER = TypeAdapter(Config)
+
+
+def load_config(path: str, overrides: Iterable[str] = ()) -> Config:
+    """Read a YAML configuration and apply `a.b=value` overrides (values are YAML too)."""
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"{path}: there is no such configuration file; jobs/ holds ones to start from")
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{path} must hold sections such as `data:`, not {type(values).__name__}; see jobs/ for examples"
+        )
+    return build_config(values, overrides, where=path)
+
+
+def build_config(values: Mapping[str, Any], overrides: Iterable[str] = (), where: str = "configuration") -> Config:
+    """Validate plain values; `where` is named in errors. The first mistake is told as a `UserError`."""
+    merged: dict[str, Any] = {
+        key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()
+    }
+    overridden = [_apply(merged, text) for text in overrides]
+    try:
+        return _ADAPTER.validate_python(merged)
+    except ValidationError as error:
+        raise UserError(_explain(error, where, overridden)) from error
+
+
+def _apply(values: dict[str, Any], text: str) -> str:
+    key, separator, raw = text.partition("=")
+    parts = key.strip().split(".")
+    if not separator or not all(parts):
+        raise UserError(f"--set {text!r} must be key=value, such as --set generate.num_pairs=20000")
+    try:
+        value = yaml.safe_load(raw) if raw else ""
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {text!r}: the value is no valid YAML; quote it") from error
+    node = values
+    for part in parts[:-1]:
+        below = node.setdefault(part, {})
+        if not isinstance(below, dict):
+            raise UserError(f"--set {text!r}: {part} is a value, not a section")
+        node[part] = node = dict(below)
+    node[parts[-1]] = value
+    return ".".join(parts)
+
+
+def _explain(error: ValidationError, where: str, overridden: list[str]) -> str:
+    first = error.errors(include_url=False)[0]
+    location = [part for part in first["loc"] if not (isinstance(part, str) and part.endswith(")"))]
+    key = ".".join(str(part) for part in location)
+    from_set = any(name == key or name.startswith(f"{key}.") for name in overridden)
+    place = f"--set {key}" if from_set else f"{where}: {key}" if key else where
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        valid = _keys_at(location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), valid, n=1, cutoff=0.0)
+        section = ".".join(str(part) for part in location[:-1])
+        inside = f"a key of {section}" if section else "a section"
+        others = f"; its keys are {', '.join(valid)}" if len(valid) <= 12 else ""
+        return f"{place} is not {inside}; did you mean {near[0] if near else '?'}{others}"
+    if first["type"] == "dataclass_type":
+        return f"{place} must be a section of keys, not {first['input']!r}"
+    given = first.get("input")
+    shown = f" (it is {given!r})" if not isinstance(given, dict | list) else ""
+    return f"{place}: {first['msg'].removeprefix('Value error, ')}{shown}"
+
+
+def _keys_at(location: list[Any]) -> list[str]:
+    """Names of the fields at a place of the configuration."""
+    kind: Any = Config
+    for part in location:
+        kind = typing.get_args(kind)[0] if isinstance(part, int) else typing.get_type_hints(kind)[part]
+    for candidate in (kind, *typing.get_args(kind)):
+        if dataclasses.is_dataclass(candidate):
+            return [field.name for field in dataclasses.fields(candidate)]
+    return []
+
+
+def describe(kind: Any = Config, prefix: str = "") -> list[tuple[str, str, str]]:
+    """Every key with its default and description, for the documentation."""
+    hints = typing.get_type_hints(kind)
+    rows: list[tuple[str, str, str]] = []
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(hints[field.name]):
+            rows += describe(hints[field.name], f"{prefix}{field.name}.")
+            continue
+        default = field.default
+        if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        shown = (
+            "" if default is dataclasses.MISSING else yaml.safe_dump(default, default_flow_style=True).split("\n")[0]
+        )
+        rows.append((prefix + field.name, shown, field.metadata["description"]))
+    return rows

@@ -1,0 +1,157 @@
+"""The chain as its users drive it: whole, again, grown, interrupted, and fed what cannot work."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny_training import build_tiny_encoder
+
+from relevance_ray.config import build_config
+from relevance_ray.steps import STEPS, Chain
+from relevance_ray.storage import CommitLog
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_encoder(tmp_path_factory.mktemp("models") / "encoder", num_layers=1)
+
+
+def values(root: Path, encoder: Path, **generate: Any) -> dict[str, Any]:
+    """A run on a market of 300 products with models of one random layer: everything real but the size."""
+    model = {"model": str(encoder), "max_tokens": 32}
+    return {
+        "data": {"market_size": 300},
+        "storage": {"root": str(root)},
+        "teacher": {**model, "fit": {"epochs": 1, "batch_size": 256}},
+        "generate": {
+            "num_pairs": 800,
+            "groups_per_shard": 25,
+            "quotas": {"bm25": 4, "category": 2, "random": 2},
+            **generate,
+        },
+        "student": model,
+        "evaluate": {
+            "baselines": ["bm25", "random"],
+            "num_resamples": 50,
+            "human_fit": {"epochs": 1, "batch_size": 64},
+        },
+        "resources": {"train_workers": 1, "cpus_per_label_actor": 1},
+    }
+
+
+def cli(*arguments: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "relevance_ray.cli", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False, **kwargs)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_finished_chain_is_skipped_and_growth_does_only_what_is_new(tmp_path: Path, encoder: Path) -> None:
+    said: list[str] = []
+    first = Chain(build_config(values(tmp_path, encoder)), said.append).run()
+    assert [line.split(":")[0] for line in said if "running (" in line] == list(STEPS)
+    latest = json.loads((tmp_path / "latest.json").read_text())
+    assert set(latest) == {*STEPS, "teacher", "student"}
+    assert (Path(latest["student"]) / "relevance.json").is_file()
+    report = json.loads((Path(latest["evaluate"]) / "report.json").read_text())
+    assert {"student", "teacher", "human_only", "bm25", "random"} <= set(report["splits"]["test"]["models"])
+    assert (Path(latest["evaluate"]) / "report.md").is_file()
+
+    said.clear()
+    again = Chain(build_config(values(tmp_path, encoder)), said.append).run()
+    assert len(said) == len(STEPS)
+    assert all("done already, skipped" in line for line in said)
+    assert again.folders == first.folders
+
+    said.clear()
+    before = CommitLog(first.folders["label"]).committed()
+    grown = Chain(build_config(values(tmp_path, encoder, num_pairs=1000)), said.append).run()
+    assert {name: grown.folders[name] == first.folders[name] for name in STEPS} == {
+        "prepare": True,
+        "train-teacher": True,
+        "generate": True,
+        "label": True,
+        "train-student": False,
+        "evaluate": False,
+    }
+    assert "label: 4 of 5 shards were labeled before and were skipped" in said
+    assert before.items() <= CommitLog(grown.folders["label"]).committed().items()
+    assert not any("human labels alone" in line for line in said), "the baseline does not depend on the pairs"
+
+    said.clear()
+    back = Chain(build_config(values(tmp_path, encoder)), said.append).run()
+    assert back.folders == first.folders
+    assert not any("human labels alone" in line for line in said)
+
+
+def test_ctrl_c_while_labeling_loses_nothing_that_was_committed(tmp_path: Path, encoder: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(values(tmp_path / "root", encoder, num_pairs=4000, groups_per_shard=5)))
+    command = [sys.executable, "-m", "relevance_ray.cli", "label", str(config)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    deadline = time.monotonic() + 200
+    while not list((tmp_path / "root").glob("label-*/commits/*.json")) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "stopped; the same command goes on from here" in output
+    assert "Traceback" not in output
+    (folder,) = (tmp_path / "root").glob("label-*")
+    kept = CommitLog(str(folder)).committed()
+    assert 0 < len(kept) < 100
+
+    done = cli("label", str(config))
+    assert done.returncode == 0, done.stderr
+    assert "train-teacher: done already, skipped" in done.stdout
+    assert f"label: {len(kept)} of 100 shards were labeled before and were skipped" in done.stdout
+    after = CommitLog(str(folder)).committed()
+    assert kept.items() <= after.items()
+    assert sum(record["pairs"] for record in after.values()) == 4000
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("student.model=nosuch", "model 'nosuch' is unknown; give a short name (minilm, smollm2-135m, mpnet)"),
+        ("studnet.model=minilm", "--set studnet is not a section; did you mean student"),
+        ("data={format: esci, path: /nosuch}", "/nosuch"),
+        ("generate.num_pairs=100000000", "num_pairs"),
+    ],
+)
+def test_what_cannot_work_is_one_sentence_exit_2_and_nothing_half_written(
+    tmp_path: Path, encoder: Path, change: str, message: str
+) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(values(tmp_path / "root", encoder)))
+    done = cli("generate" if "num_pairs" in change else "run", str(config), "--set", change)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    error = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1
+    assert message in error[0]
+    assert not list((tmp_path / "root").glob("*/data/*"))
+    assert not list((tmp_path / "root").glob("prepare-*/judgments.parquet")) or "num_pairs" in change
+
+
+def test_a_dry_run_says_what_would_be_done_and_does_nothing(tmp_path: Path, encoder: Path) -> None:
+    chain = Chain(build_config(values(tmp_path / "root", encoder)))
+    assert [(step, state) for step, state, _ in chain.plan()] == [(step, "run") for step in STEPS]
+    assert [step for step, _, _ in chain.plan("generate")] == ["prepare", "generate"]
+    assert not (tmp_path / "root").exists()
+
+
+def test_without_a_teacher_to_train_there_is_no_such_step(tmp_path: Path, encoder: Path) -> None:
+    config = {**values(tmp_path, encoder), "label": {"engine": "oracle"}}
+    assert "train-teacher" not in Chain(build_config(config)).steps

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from relevance_ray.config import Config, build_config, describe, load_config
+from relevance_ray.demo import demo_config
+from relevance_ray.errors import UserError
+from relevance_ray.options import semantic
+
+JOBS = sorted((Path(__file__).resolve().parents[1] / "jobs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"studnet": {}}, "conf: studnet is not a section; did you mean student"),
+        ({"student": {"modle": "minilm"}}, "conf: student.modle is not a key of student; did you mean model"),
+        ({"student": {"fit": {"lr": 1e-4}}}, "conf: student.fit.lr is not a key of student.fit; did you mean"),
+        (
+            {"teacher": {"kind": "ensemble", "members": [{"modle": "minilm"}]}},
+            "conf: teacher.members.0.modle is not a key of teacher.members.0; did you mean model",
+        ),
+        ({"label": {"engine": "magic"}}, "conf: label.engine: Input should be 'transformers', 'oracle' or 'file'"),
+        ({"generate": {"num_pairs": "many"}}, "conf: generate.num_pairs: Input should be a valid integer"),
+        ({"generate": {"num_pairs": 0}}, "conf: generate: num_pairs must be at least 1"),
+        ({"data": 3}, "conf: data must be a section of keys"),
+    ],
+)
+def test_a_mistake_is_named_with_its_place_and_the_nearest_valid_key(values: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        build_config(values, where="conf")
+    assert message in str(caught.value)
+
+
+def test_an_override_wins_and_its_mistake_names_set() -> None:
+    config = build_config({"generate": {"num_pairs": 5}}, ["generate.num_pairs=64", "student.fit.learning_rate=3e-4"])
+    assert config.generate.num_pairs == 64
+    assert config.student.fit.learning_rate == 3e-4
+    with pytest.raises(UserError, match=r"--set student\.modle is not a key of student; did you mean model"):
+        build_config({}, ["student.modle=minilm"])
+    with pytest.raises(UserError, match="must be key=value"):
+        build_config({}, ["student"])
+
+
+def test_a_file_that_is_missing_or_no_yaml_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.yaml: there is no such configuration file"):
+        load_config(str(tmp_path / "none.yaml"))
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("data: [1,\n")
+    with pytest.raises(UserError, match=r"broken\.yaml is no valid YAML: .*line 2"):
+        load_config(str(broken))
+    broken.write_text("- a\n- b\n")
+    with pytest.raises(UserError, match="must hold sections"):
+        load_config(str(broken))
+
+
+def test_every_key_is_described() -> None:
+    rows = describe()
+    assert len(rows) > 50
+    for key, _, description in rows:
+        assert len(description) > 10, key
+
+
+def test_operational_options_do_not_enter_the_fingerprint() -> None:
+    one = build_config({"generate": {"num_pairs": 100}, "label": {"max_batch_tokens": 1000}})
+    two = build_config({"generate": {"num_pairs": 999}, "label": {"max_batch_tokens": 2000}})
+    assert semantic(one.generate) == semantic(two.generate)
+    assert semantic(one.label) == semantic(two.label)
+    assert semantic(one.student) != semantic(build_config({"student": {"level_weight": 0.0}}).student)
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.name)
+def test_the_jobs_that_ship_are_valid(path: Path) -> None:
+    assert isinstance(load_config(str(path)), Config)
+
+
+def test_the_demos_teacher_is_a_trained_one() -> None:
+    config = demo_config()
+    assert (config.teacher.kind, config.label.engine) == ("classifier", "transformers")
