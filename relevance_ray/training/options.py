@@ -100,6 +100,11 @@ class TeacherMemberOptions(ClassifierOptions):
     kind: Literal["classifier", "bi_encoder", "bm25"] = option("classifier", "What the member is")
     fit: TeacherFitOptions = option(TeacherFitOptions(), "The loop, for a classifier")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kind in ("bi_encoder", "bm25") and (self.num_layers or self.lora or self.fit != TeacherFitOptions()):
+            raise ValueError(f"num_layers, lora and fit are for a classifier; a {self.kind} is not trained")
+
 
 @dataclass(frozen=True)
 class TeacherOptions(TeacherMemberOptions):
