@@ -30,7 +30,7 @@ from relevance_ray import storage
 from relevance_ray.config import Config, load_config
 from relevance_ray.data.prepare import read_judged, read_scale
 from relevance_ray.engines.base import FolderModel
-from relevance_ray.engines.transformers import load_pair_model
+from relevance_ray.engines.registry import load_pair_model
 from relevance_ray.evaluation.compare import (
     Predictions,
     as_results,
@@ -44,6 +44,7 @@ from relevance_ray.evaluation.options import Baseline
 from relevance_ray.evaluation.report import metric_title, write_report
 from relevance_ray.options import semantic
 from relevance_ray.schema import LabelScale
+from relevance_ray.step_folders import StepFolders
 from relevance_ray.steps import Chain
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,7 +93,7 @@ def main() -> None:
         )
         print(f"fold {fold + 1} of {num_folds}", flush=True)
         table = fold_predictions(config)
-        prepared = Chain(config).folder("prepare")
+        prepared = StepFolders(config).folder("prepare")
         scale = read_scale(prepared)
         judged.append(read_judged(prepared, "test"))
         folds.append((flatten(judged[-1], scale), read_predictions(table)))

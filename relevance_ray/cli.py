@@ -67,9 +67,9 @@ def run(
     """Run the whole chain: what is finished is skipped, what is half-done resumes."""
     loaded = _load(config, set_)
     if dry_run:
-        from relevance_ray.steps import Chain
+        from relevance_ray.step_folders import StepFolders
 
-        for step, state, folder in Chain(loaded).plan(until):
+        for step, state, folder in StepFolders(loaded).plan(until):
             typer.echo(f"{step:14} {state:7} {folder}")
         return
     _run_chain(loaded, until)

@@ -23,7 +23,6 @@ class Progress:
         total: how many units in all; without it no share and no time left are shown.
         unit: what is counted ("pairs", "groups").
         log: a local file that gets one JSON line for each line shown.
-        already_done: units that an earlier run had finished; shown, but not part of the rate.
     """
 
     def __init__(
@@ -32,13 +31,12 @@ class Progress:
         total: int | None = None,
         unit: str = "pairs",
         log: str | os.PathLike[str] | None = None,
-        already_done: int = 0,
         stream: TextIO | None = None,
     ) -> None:
         self.description, self.total, self.unit = description, total, unit
-        self.done, self.failures, self.extra = already_done, 0, {}  # type: int, int, dict[str, Any]
+        self.done, self.failures, self.extra = 0, 0, {}  # type: int, int, dict[str, Any]
         self._stream = stream or sys.stderr
-        self._already_done = already_done
+        self._already_done = 0
         self._start = time.monotonic()
         self._last = 0.0
         self._width = 0
@@ -54,6 +52,11 @@ class Progress:
         self._show(final=True)
         if self._log is not None:
             self._log.close()
+
+    def restart(self, already_done: int = 0) -> None:
+        """Count rate and time left from now: another part begins, or it turned out how much was done before."""
+        self.done = self._already_done = already_done
+        self._start = time.monotonic()
 
     def update(
         self, done: int | None = None, *, failures: int | None = None, total: int | None = None, **extra: Any

@@ -1,8 +1,7 @@
-"""The chain of steps of a run: what each one needs, the fingerprint it is kept under, and what it leaves.
+"""The chain of steps: what each one does, and in which order.
 
-A step's folder is named after everything that decides its result, so that a finished step is skipped, a half-done one
-resumes in its folder, and a changed one is redone beside the old. Generation and labeling grow instead: how many pairs
-are asked for is no part of their fingerprint, and what is there is kept.
+The folder of a step, and whether it is done, is `step_folders`' business; here a step that is not done is run in its
+folder, under a lease on the root, and marked done by its `step.json`.
 """
 
 from __future__ import annotations
@@ -16,16 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from relevance_ray.config import Config
-from relevance_ray.errors import UserError
 from relevance_ray.models import resolve_model
 from relevance_ray.options import semantic
 from relevance_ray.progress import Progress
 from relevance_ray.ray_session import ray_session
+from relevance_ray.step_folders import VERSIONS, StepFolders
 from relevance_ray.storage import (
     CommitLog,
     Lease,
     cache_folder,
-    content_id,
     exists,
     fingerprint,
     is_remote,
@@ -38,21 +36,6 @@ from relevance_ray.storage import (
     write_json,
 )
 from relevance_ray.training.options import StudentOptions
-
-VERSIONS = {"prepare": 1, "train-teacher": 1, "generate": 1, "label": 1, "train-student": 1, "evaluate": 1}
-"""Raised when a step's code comes to give other results from the same input."""
-
-STEPS = tuple(VERSIONS)
-
-NEEDS = {
-    "prepare": (),
-    "train-teacher": ("prepare",),
-    "generate": ("prepare",),
-    "label": ("train-teacher", "generate"),
-    "train-student": ("label",),
-    "evaluate": ("train-student",),
-}
-"""What must be there before a step; without a teacher to train, `train-teacher` falls out."""
 
 Say = Callable[[str], None]
 
@@ -67,108 +50,27 @@ class Outcome:
 
 
 class Chain:
-    """The steps of one configuration at its root."""
+    """Runs the steps of one configuration.
+
+    Attributes:
+        at: where each step is kept.
+    """
 
     def __init__(self, config: Config, say: Say = print) -> None:
         self.config = config
-        self.root = config.storage.root.rstrip("/")
-        if not is_remote(self.root):
-            self.root = str(Path(self.root).absolute())
+        self.at = StepFolders(config)
         self.say = say
-        self.steps = tuple(step for step in STEPS if step != "train-teacher" or self._trains_teacher)
-        self._keys: dict[str, str] = {}
-
-    @property
-    def _trains_teacher(self) -> bool:
-        return self.config.label.engine == "transformers"
-
-    # What a step is kept under
-
-    def key(self, step: str) -> str:
-        """The fingerprint of a step. That of `train-student` is known once its labels are there."""
-        if step not in self._keys:
-            self._keys[step] = fingerprint(step, VERSIONS[step], *self._inputs(step))
-        return self._keys[step]
-
-    def _inputs(self, step: str) -> list[Any]:
-        config = self.config
-        if step == "prepare":
-            data = config.data
-            files = [str(Path(data.path, name)) for name in (data.products, data.judgments) if name]
-            inputs = [data.path, *files]
-            return [semantic(data), [content_id(path) for path in (*inputs, data.queries) if path]]
-        if step == "train-teacher":
-            return [self.key("prepare"), semantic(config.teacher)]
-        if step == "generate":
-            pairs_file = config.generate.pairs_file
-            return [self.key("prepare"), semantic(config.generate), content_id(pairs_file) if pairs_file else ""]
-        if step == "label":
-            if self._trains_teacher:
-                return [self.key("train-teacher"), semantic(config.label)]
-            return [semantic(config.label), content_id(config.label.path) if config.label.path else ""]
-        if step == "train-student":
-            records = CommitLog(self.folder("label")).committed()
-            labels = [records[shard.label_name]["checksum"] for shard in self._shards()]
-            return [self.key("prepare"), semantic(config.student), labels]
-        teacher = self.key("train-teacher") if self._trains_teacher else ""
-        return [self.key("prepare"), self.key("train-student"), teacher, semantic(config.evaluate)]
-
-    def folder(self, step: str) -> str:
-        return join(self.root, f"{step}-{self.key(step)}")
-
-    def _target(self, step: str) -> dict[str, Any]:
-        """How much of a growing step is asked for; a finished step that reached less goes on."""
-        if step == "generate":
-            return {"num_pairs": self.config.generate.num_pairs}
-        if step == "label":
-            return {"shards": fingerprint([shard.label_name for shard in self._shards()])}
-        return {}
-
-    def is_done(self, step: str) -> bool:
-        marker = join(self.folder(step), "step.json")
-        return exists(marker) and read_json(marker)["target"] == self._target(step)
-
-    def plan(self, until: str | None = None) -> Iterator[tuple[str, str, str]]:
-        """(step, "done" | "resume" | "run", folder) for each step, nothing changed. Where the folder of a step depends
-        on what an unfinished one will give, it says after which."""
-        unfinished = ""
-        for step in self._until(until):
-            if unfinished and step in ("label", "train-student", "evaluate"):
-                yield step, "run", f"(known after {unfinished})"
-                continue
-            state = "done" if self.is_done(step) else "resume" if listdir(self.folder(step)) else "run"
-            yield step, state, self.folder(step)
-            if state != "done" and step in ("generate", "label", "train-student"):
-                unfinished = step
-
-    def _until(self, until: str | None) -> tuple[str, ...]:
-        """A step and all that it needs, in order; everything without one."""
-        if until is None:
-            return self.steps
-        if until not in STEPS:
-            raise UserError(f"--until {until} is none of {', '.join(STEPS)}")
-        if until not in self.steps:
-            raise UserError(
-                f"with label.engine={self.config.label.engine} no teacher is trained; set label.engine=transformers"
-            )
-        wanted = {until}
-        for step in reversed(STEPS):
-            if step in wanted:
-                wanted.update(NEEDS[step])
-        return tuple(step for step in self.steps if step in wanted)
-
-    # Running
 
     def run(self, until: str | None = None) -> Outcome:
         """Run what is not done yet, up to a step. One driver at a time: the root is leased for as long as it takes."""
-        steps = self._until(until)
+        steps = self.at.until(until)
         self._preflight(steps)
         outcome = Outcome()
-        with Lease(self.root), contextlib.ExitStack() as stack:
+        with Lease(self.at.root), contextlib.ExitStack() as stack:
             self._stack = stack
             for step in steps:
-                folder = self.folder(step)
-                if self.is_done(step):
+                folder = self.at.folder(step)
+                if self.at.is_done(step):
                     summary = read_json(join(folder, "step.json"))["summary"]
                     self.say(f"{step}: done already, skipped ({folder})")
                 else:
@@ -212,8 +114,8 @@ class Chain:
         summary = runners[step](folder)
         marker = {
             "step": step,
-            "fingerprint": self.key(step),
-            "target": self._target(step),
+            "fingerprint": self.at.key(step),
+            "target": self.at.target(step),
             "summary": summary,
             "seconds": round(time.monotonic() - started, 1),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -227,7 +129,7 @@ class Chain:
             latest["teacher"] = join(latest["train-teacher"], "model")
         if "train-student" in latest:
             latest["student"] = join(latest["train-student"], "model")
-        path = join(self.root, "latest.json")
+        path = join(self.at.root, "latest.json")
         known = read_json(path) if exists(path) else {}
         write_json(path, {**known, **latest})
 
@@ -238,12 +140,14 @@ class Chain:
         self._stack.enter_context(ray_session(self.config.resources.num_cpus))
 
     def _progress(self, description: str, total: int | None, unit: str) -> Progress:
-        log = None if is_remote(self.root) else f"{self.root}/log.jsonl"
+        log = None if is_remote(self.at.root) else f"{self.at.root}/log.jsonl"
         return Progress(description, total, unit, log=log)
 
     def _work(self, step: str, folder: str) -> Path:
         """A local folder for checkpoints: within the step on disk, in the cache where the root is on S3."""
-        work = Path(folder) / "work" if not is_remote(folder) else cache_folder() / "work" / f"{step}-{self.key(step)}"
+        work = (
+            Path(folder) / "work" if not is_remote(folder) else cache_folder() / "work" / f"{step}-{self.at.key(step)}"
+        )
         work.mkdir(parents=True, exist_ok=True)
         return work
 
@@ -258,7 +162,7 @@ class Chain:
         return summary
 
     def _prepared(self) -> Path:
-        return localize(self.folder("prepare"))
+        return localize(self.at.folder("prepare"))
 
     def _runner(self, name: str) -> Any:
         from relevance_ray.training.ray_train import ray_runner
@@ -297,36 +201,26 @@ class Chain:
         with self._progress("generate", self.config.generate.num_pairs, "pairs") as progress:
             return generate(
                 self.config.generate,
-                self.folder("prepare"),
+                self.at.folder("prepare"),
                 folder,
                 num_workers=self.config.resources.generate_workers,
                 progress=progress,
             )
-
-    def _generated(self) -> dict[str, Any]:
-        """What the generate step said of this run."""
-        return dict(read_json(join(self.folder("generate"), "step.json"))["summary"])
-
-    def _shards(self) -> list[Any]:
-        """The shards of groups that this run asked for; a larger run before it may have left more."""
-        from relevance_ray.labeling.pipeline import shards_to_label
-
-        return shards_to_label(CommitLog(self.folder("generate")), self._generated()["shards"])
 
     def _label(self, folder: str) -> dict[str, Any]:
         from relevance_ray.data.prepare import read_scale
         from relevance_ray.engines.registry import open_engine
         from relevance_ray.labeling.pipeline import label
 
-        shards = self._shards()
-        model = join(self.folder("train-teacher"), "model") if self._trains_teacher else None
+        shards = self.at.shards()
+        model = join(self.at.folder("train-teacher"), "model") if self.at.trains_teacher else None
         resources = self.config.resources
         self._ray()
         with self._progress("label", sum(shard.num_pairs for shard in shards), "pairs") as progress:
             summary = label(
                 shards,
                 folder,
-                self.key("label"),
+                self.at.key("label"),
                 partial(open_engine, self.config.label, model, read_scale(self._prepared())),
                 num_actors=resources.label_actors,
                 num_cpus=resources.cpus_per_label_actor,
@@ -338,8 +232,8 @@ class Chain:
         return summary
 
     def _train_student(self, folder: str) -> dict[str, Any]:
-        log = CommitLog(self.folder("label"))
-        files = [log.path(shard.label_name) for shard in self._shards()]
+        log = CommitLog(self.at.folder("label"))
+        files = [log.path(shard.label_name) for shard in self.at.shards()]
         work = self._work("train-student", folder)
         return self._fit_student(self.config.student, folder, files, work, "train-student")
 
@@ -368,8 +262,8 @@ class Chain:
         that share it."""
         config = self.config
         options = replace(config.student, loss=config.evaluate.human_loss, fit=config.evaluate.human_fit)
-        key = fingerprint("human-only", VERSIONS["train-student"], self.key("prepare"), semantic(options))
-        folder = join(self.root, "evaluate-baselines", f"human_only-{key}")
+        key = fingerprint("human-only", VERSIONS["train-student"], self.at.key("prepare"), semantic(options))
+        folder = join(self.at.root, "evaluate-baselines", f"human_only-{key}")
         if not exists(join(folder, "step.json")):
             self.say(f"evaluate: training the same student on human labels alone ({folder})")
             work = Path(folder) / "work" if not is_remote(folder) else cache_folder() / "work" / f"human_only-{key}"
@@ -385,9 +279,9 @@ class Chain:
         from relevance_ray.model_folder import read_model_info
 
         prepared = self._prepared()
-        folders = {"student": localize(join(self.folder("train-student"), "model"))}
-        if self._trains_teacher:
-            folders["teacher"] = localize(join(self.folder("train-teacher"), "model"))
+        folders = {"student": localize(join(self.at.folder("train-student"), "model"))}
+        if self.at.trains_teacher:
+            folders["teacher"] = localize(join(self.at.folder("train-teacher"), "model"))
         folders["human_only"] = self._human_only()
         return folders | build_baselines(
             self.config.evaluate,
@@ -395,12 +289,12 @@ class Chain:
             read_judged(prepared, "dev"),
             read_scale(prepared),
             read_model_info(folders["student"]).template,
-            self._work("evaluate", self.folder("evaluate")),
+            self._work("evaluate", self.at.folder("evaluate")),
         )
 
     def _evaluate(self, folder: str) -> dict[str, Any]:
         from relevance_ray.data.prepare import read_judged, read_scale
-        from relevance_ray.engines.transformers import load_pair_model
+        from relevance_ray.engines.registry import load_pair_model
         from relevance_ray.evaluation.compare import evaluate_models
         from relevance_ray.evaluation.report import write_report
 
@@ -421,19 +315,19 @@ class Chain:
         config = self.config
         teacher = config.teacher
         members = ", ".join(f"{member.kind} {member.model}" for member in teacher.members)
-        labels = read_json(join(self.folder("label"), "step.json"))["summary"]
+        labels = read_json(join(self.at.folder("label"), "step.json"))["summary"]
         return {
             "data": f"{config.data.format} {config.data.path or config.data.market_size}",
             "teacher": (
                 f"ensemble of {members}"
                 if members
                 else f"{teacher.kind} {teacher.model}"
-                if self._trains_teacher
+                if self.at.trains_teacher
                 else f"none: labels from engine {config.label.engine}"
             ),
             "labeled pairs": f"{labels['pairs']:,} ({labels['errors']:,} failed)",
             "student": f"{config.student.kind} {config.student.model}, level weight {config.student.level_weight}",
-            "root": self.root,
+            "root": self.at.root,
         }
 
 
@@ -449,6 +343,8 @@ def _model_in(folder: str, work: Path) -> Iterator[Path]:
 
 def _show_training(progress: Progress, record: dict[str, Any]) -> None:
     """A line of the training log on the live line."""
+    if "part" in record and record["part"] != progress.extra.get("part"):
+        progress.restart(record["step"])
     shown: dict[str, Any] = {key: record[key] for key in ("part", "loss", "pairs_per_second") if key in record}
     if "dev" in record:
         shown["dev_ndcg"] = record["dev"]["ndcg"]

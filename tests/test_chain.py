@@ -16,7 +16,8 @@ import yaml
 from tiny_training import build_tiny_encoder
 
 from relevance_ray.config import build_config
-from relevance_ray.steps import STEPS, Chain
+from relevance_ray.step_folders import STEPS, StepFolders
+from relevance_ray.steps import Chain
 from relevance_ray.storage import CommitLog
 
 
@@ -146,12 +147,12 @@ def test_what_cannot_work_is_one_sentence_exit_2_and_nothing_half_written(
 
 
 def test_a_dry_run_says_what_would_be_done_and_does_nothing(tmp_path: Path, encoder: Path) -> None:
-    chain = Chain(build_config(values(tmp_path / "root", encoder)))
-    assert [(step, state) for step, state, _ in chain.plan()] == [(step, "run") for step in STEPS]
-    assert [step for step, _, _ in chain.plan("generate")] == ["prepare", "generate"]
+    folders = StepFolders(build_config(values(tmp_path / "root", encoder)))
+    assert [(step, state) for step, state, _ in folders.plan()] == [(step, "run") for step in STEPS]
+    assert [step for step, _, _ in folders.plan("generate")] == ["prepare", "generate"]
     assert not (tmp_path / "root").exists()
 
 
 def test_without_a_teacher_to_train_there_is_no_such_step(tmp_path: Path, encoder: Path) -> None:
     config = {**values(tmp_path, encoder), "label": {"engine": "oracle"}}
-    assert "train-teacher" not in Chain(build_config(config)).steps
+    assert "train-teacher" not in StepFolders(build_config(config)).steps

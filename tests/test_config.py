@@ -78,4 +78,5 @@ def test_the_jobs_that_ship_are_valid(path: Path) -> None:
 
 def test_the_demos_teacher_is_a_trained_one() -> None:
     config = demo_config()
-    assert (config.teacher.kind, config.label.engine) == ("classifier", "transformers")
+    assert config.label.engine == "transformers"
+    assert "classifier" in [member.kind for member in config.teacher.members]

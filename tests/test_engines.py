@@ -21,8 +21,7 @@ from relevance_ray.engines.bi_encoder import TextEncoder, build_bi_encoder_folde
 from relevance_ray.engines.encoding import PairEncoder, token_batches
 from relevance_ray.engines.ensemble import build_ensemble_folder, fit_stack, stack_logits
 from relevance_ray.engines.file import FileEngine
-from relevance_ray.engines.registry import open_engine
-from relevance_ray.engines.transformers import TransformersEngine, load_pair_model
+from relevance_ray.engines.registry import load_pair_model, open_engine
 from relevance_ray.errors import UserError
 from relevance_ray.model_folder import ModelInfo, ModelKind, finish_folder
 from relevance_ray.models import resolve_model
@@ -209,7 +208,7 @@ ROTTEN: list[tuple[Any, Any, str]] = [
 
 
 def test_rotten_rows_become_errors_and_the_others_come_out(cross_encoder: Path) -> None:
-    engine = TransformersEngine(cross_encoder)
+    engine = open_engine(EngineOptions(), cross_encoder, ESCI)
     queries, products = [*QUERIES], [*PRODUCTS]
     for query, product, _ in ROTTEN:
         queries.insert(2, query)

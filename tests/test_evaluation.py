@@ -13,7 +13,7 @@ from sklearn.metrics import ndcg_score, roc_auc_score
 from relevance_ray.data.prepare import iter_products, prepare, read_judged, read_scale
 from relevance_ray.data.source import DataOptions
 from relevance_ray.engines.base import SINGLE_LOGIT_GAINS, FolderModel
-from relevance_ray.engines.transformers import load_pair_model
+from relevance_ray.engines.registry import load_pair_model
 from relevance_ray.errors import UserError
 from relevance_ray.evaluation.baselines import build_baselines
 from relevance_ray.evaluation.compare import (

@@ -20,7 +20,8 @@ from relevance_ray.data.market_truth import (
     typos,
 )
 from relevance_ray.data.prepare import prepare, read_judged, read_queries
-from relevance_ray.data.source import DataOptions, open_source
+from relevance_ray.data.readers import open_source
+from relevance_ray.data.source import DataOptions
 from relevance_ray.engines.base import Pair
 from relevance_ray.engines.oracle import OracleEngine
 from relevance_ray.errors import UserError

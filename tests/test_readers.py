@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from relevance_ray.data.prepare import iter_products, prepare, read_judged, read_queries, read_scale
-from relevance_ray.data.source import DataOptions, open_source
+from relevance_ray.data.readers import open_source
+from relevance_ray.data.source import DataOptions
 from relevance_ray.data.splits import check_no_leak
 from relevance_ray.errors import UserError
 from relevance_ray.schema import JUDGED_GROUP, JUDGMENT, PRODUCT, QUERY, pair_id

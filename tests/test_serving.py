@@ -18,7 +18,7 @@ import requests
 from fastapi.testclient import TestClient
 from tiny_student import build_tiny_student
 
-from relevance_ray.engines.transformers import load_pair_model
+from relevance_ray.engines.registry import load_pair_model
 from relevance_ray.errors import UserError
 from relevance_ray.schema import SCALES
 from relevance_ray.serving.app import running_server

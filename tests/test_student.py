@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from relevance_ray.calibration import logit_of_classes
 from relevance_ray.engines.encoding import PairEncoder
-from relevance_ray.engines.transformers import load_pair_model
+from relevance_ray.engines.registry import load_pair_model
 from relevance_ray.errors import UserError
 from relevance_ray.model_folder import read_model_info
 from relevance_ray.schema import LABELED_GROUP

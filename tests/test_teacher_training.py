@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_training import COLORS, SCALE, THINGS, build_tiny_causal, build_tiny_encoder, judged_groups, write
 
-from relevance_ray.engines.transformers import load_pair_model
+from relevance_ray.engines.registry import load_pair_model
 from relevance_ray.errors import UserError
 from relevance_ray.model_folder import read_model_info
 from relevance_ray.schema import PRODUCT

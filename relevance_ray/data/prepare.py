@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from relevance_ray.data.source import BLOCK_ROWS, DataOptions, Source, open_source
+from relevance_ray.data.readers import open_source
+from relevance_ray.data.source import BLOCK_ROWS, DataOptions, Source
 from relevance_ray.data.splits import SPLITS, LeakGuard, assign_splits, check_no_leak, query_hash
 from relevance_ray.errors import UserError
 from relevance_ray.schema import JUDGED_GROUP, JUDGMENT, QUERY, LabelScale, normalize_query, pair_id, product_fields

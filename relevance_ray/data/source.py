@@ -124,26 +124,6 @@ class DataOptions:
             raise ValueError(f"fold is {self.fold} but folds is 0; set folds to the number of folds")
 
 
-def open_source(options: DataOptions) -> Source:
-    """The source that `options` describe. Raises `UserError` where files or columns are missing or unreadable."""
-    from relevance_ray.data import chorus, esci, files, generic, homedepot, market_queries, wands
-
-    readers: dict[str, Callable[[DataOptions], Source]] = {
-        "market": market_queries.open_market,
-        "esci": esci.open_esci,
-        "wands": wands.open_wands,
-        "homedepot": homedepot.open_homedepot,
-        "chorus": chorus.open_chorus,
-        "generic": generic.open_generic,
-    }
-    source = readers[options.format](options)
-    if options.queries:
-        log = files.query_log(options.queries)
-        next(log(), None)  # a bad file or a missing column shows now, not after an hour
-        return Source(source.scale, source.judgments, source.products, log, source.judgments_name, source.products_name)
-    return source
-
-
 def own_scale(value: str | dict[str, Any] | None) -> LabelScale:
     """The label scale named or described in the configuration. Raises `UserError` where it cannot be one."""
     if isinstance(value, dict):

@@ -139,7 +139,9 @@ class EngineOptions:
         "transformers",
         "who labels: `transformers` (the trained teacher), `file` (labels you have), `oracle` (the market's truth)",
     )
-    path: str = option("", "file engine: a Parquet, CSV or JSON-lines file with query, product_id and grade or logit")
+    path: str = option(
+        "", "file engine: a Parquet, CSV or JSON-lines file with query, product_id and grade or logit", operational=True
+    )
     noise: float = option(0.0, "oracle engine: chance that a label is a neighbouring grade instead of the true one")
     max_batch_tokens: int = option(8192, "padded tokens in one forward pass", operational=True)
     device: str = option("auto", 'a torch device, or "auto": the GPU where there is one', operational=True)

@@ -18,7 +18,6 @@ from scipy.special import log_softmax
 
 from relevance_ray.calibration import OrdinalCalibration, logit_of_classes
 from relevance_ray.engines.base import FolderModel
-from relevance_ray.engines.transformers import DEFAULT_BATCH_TOKENS, load_pair_model
 from relevance_ray.errors import UserError
 from relevance_ray.model_folder import ModelInfo, read_model_info, staged_folder, write_model_info
 from relevance_ray.schema import LabelScale
@@ -78,16 +77,17 @@ def stack_logits(features: np.ndarray, stack: Mapping[str, Any]) -> np.ndarray:
 
 class EnsembleModel(FolderModel):
     """A model folder of kind ensemble: members under `members/0`, `members/1`, ..., the stack in `relevance.json`.
+    The members come loaded, by `registry.load_pair_model`.
 
     A row that any member cannot score is an error of the ensemble.
     """
 
-    def __init__(self, folder: str | Path, device: str = "auto", max_batch_tokens: int = DEFAULT_BATCH_TOKENS) -> None:
+    def __init__(self, folder: str | Path, members: Sequence[FolderModel]) -> None:
         self.info = read_model_info(folder)
         self.stack = self.info.extra["stack"]
         self.gains = self.info.scale.gains
-        folders = [Path(folder) / _MEMBERS / str(index) for index in range(len(self.stack["mean"]))]
-        self.members = [load_pair_model(path, device, max_batch_tokens=max_batch_tokens) for path in folders]
+        self.members = list(members)
+        assert len(self.members) == len(self.stack["mean"]), (len(self.members), self.stack)
 
     def _forward(
         self, queries: Sequence[str], products: Sequence[Mapping[str, Any]]
@@ -99,6 +99,12 @@ class EnsembleModel(FolderModel):
             features[:, column] = logit_of_classes(labels.class_logits, member.gains)
             errors = [first or second for first, second in zip(errors, labels.errors, strict=True)]
         return stack_logits(features, self.stack), errors
+
+
+def member_folders(folder: str | Path) -> list[Path]:
+    """The model folders of an ensemble's members, in the order of its stack."""
+    count = len(read_model_info(folder).extra["stack"]["mean"])
+    return [Path(folder) / _MEMBERS / str(index) for index in range(count)]
 
 
 def build_ensemble_folder(

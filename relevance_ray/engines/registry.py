@@ -1,12 +1,58 @@
-"""From options to an engine. Engines are imported here, when asked for, so that a file of labels needs no torch."""
+"""From a model folder to a loaded model, and from options to an engine.
+
+Kinds and engines are imported here, when asked for, so that a file of labels needs no torch.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from relevance_ray.engines.base import Engine, EngineOptions
+from relevance_ray.engines.base import Engine, EngineOptions, FolderModel, ModelEngine
 from relevance_ray.errors import UserError
+from relevance_ray.model_folder import read_model_info
 from relevance_ray.schema import LabelScale
+
+DEFAULT_BATCH_TOKENS = 8192
+
+
+def load_pair_model(
+    folder: str | Path,
+    device: str = "auto",
+    num_threads: int | None = None,
+    max_batch_tokens: int = DEFAULT_BATCH_TOKENS,
+) -> FolderModel:
+    """Load any model folder.
+
+    Args:
+        folder: written by training, or by `build_bi_encoder_folder` and its kin.
+        device: a torch device, or "auto".
+        num_threads: CPU threads of torch in this process; None or 0 leaves them.
+        max_batch_tokens: padded tokens of one forward pass.
+
+    Raises:
+        UserError: no model folder.
+    """
+    kind = read_model_info(folder).kind
+    if kind == "bm25":
+        from relevance_ray.engines.bm25 import BM25Model
+
+        return BM25Model(folder)
+    if kind == "ensemble":
+        from relevance_ray.engines.ensemble import EnsembleModel, member_folders
+
+        members = [load_pair_model(path, device, num_threads, max_batch_tokens) for path in member_folders(folder)]
+        return EnsembleModel(folder, members)
+    import torch
+
+    if num_threads:
+        torch.set_num_threads(num_threads)
+    if kind == "bi_encoder":
+        from relevance_ray.engines.bi_encoder import BiEncoderModel
+
+        return BiEncoderModel(folder, device, max_batch_tokens)
+    from relevance_ray.engines.transformers import SequenceModel
+
+    return SequenceModel(folder, device, max_batch_tokens)
 
 
 def open_engine(options: EngineOptions, model: str | Path | None, scale: LabelScale) -> Engine:
@@ -27,8 +73,6 @@ def open_engine(options: EngineOptions, model: str | Path | None, scale: LabelSc
         from relevance_ray.engines.oracle import OracleEngine
 
         return OracleEngine(scale, noise=options.noise)
-    from relevance_ray.engines.transformers import TransformersEngine
-
     if model is None:
         raise UserError("the transformers engine needs a teacher; run train-teacher first or give its model folder")
-    return TransformersEngine(model, options.max_batch_tokens, options.device, options.num_threads or None)
+    return ModelEngine(load_pair_model(model, options.device, options.num_threads, options.max_batch_tokens))

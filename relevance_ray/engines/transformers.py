@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from relevance_ray.engines.base import SINGLE_LOGIT_GAINS, FolderModel, ModelEngine
+from relevance_ray.engines.base import SINGLE_LOGIT_GAINS, FolderModel
 from relevance_ray.engines.encoding import PairEncoder, token_batches
 from relevance_ray.model_folder import ModelInfo, read_model_info
 
@@ -54,54 +54,6 @@ class SequenceModel(FolderModel):
                 found = self.model(**{key: value.to(self.device) for key, value in batch.items()}).logits
                 class_logits[rows] = as_class_logits(found.float().cpu().numpy())
         return class_logits, encoded.errors
-
-
-class TransformersEngine(ModelEngine):
-    """The engine `transformers`: any model folder, whatever its kind."""
-
-    def __init__(
-        self,
-        model_folder: str | Path,
-        max_batch_tokens: int = DEFAULT_BATCH_TOKENS,
-        device: str = "auto",
-        num_threads: int | None = None,
-    ) -> None:
-        super().__init__(load_pair_model(model_folder, device, num_threads, max_batch_tokens))
-
-
-def load_pair_model(
-    folder: str | Path,
-    device: str = "auto",
-    num_threads: int | None = None,
-    max_batch_tokens: int = DEFAULT_BATCH_TOKENS,
-) -> FolderModel:
-    """Load any model folder.
-
-    Args:
-        folder: written by training, or by `build_bi_encoder_folder` and its kin.
-        device: a torch device, or "auto".
-        num_threads: CPU threads of torch in this process; None or 0 leaves them.
-        max_batch_tokens: padded tokens of one forward pass.
-
-    Raises:
-        UserError: no model folder.
-    """
-    if num_threads:
-        torch.set_num_threads(num_threads)
-    kind = read_model_info(folder).kind
-    if kind == "bi_encoder":
-        from relevance_ray.engines.bi_encoder import BiEncoderModel
-
-        return BiEncoderModel(folder, device, max_batch_tokens)
-    if kind == "bm25":
-        from relevance_ray.engines.bm25 import BM25Model
-
-        return BM25Model(folder)
-    if kind == "ensemble":
-        from relevance_ray.engines.ensemble import EnsembleModel
-
-        return EnsembleModel(folder, device, max_batch_tokens)
-    return SequenceModel(folder, device, max_batch_tokens)
 
 
 def pick_device(device: str) -> torch.device:

@@ -17,7 +17,7 @@ import pyarrow as pa
 from relevance_ray.calibration import OrdinalCalibration
 from relevance_ray.engines.bi_encoder import build_bi_encoder_folder
 from relevance_ray.engines.bm25 import build_bm25_folder
-from relevance_ray.engines.transformers import load_pair_model
+from relevance_ray.engines.registry import load_pair_model
 from relevance_ray.evaluation.compare import predict
 from relevance_ray.evaluation.judged import flatten
 from relevance_ray.evaluation.options import EvaluateOptions

@@ -33,7 +33,9 @@ class GenerateOptions:
         {}, "share of each source in a mix, by name (default 1 each); where one runs out the others go on"
     )
     pairs_file: str = option(
-        "", "for source file: Parquet, CSV or JSON lines with columns query, product_id and, optionally, rank"
+        "",
+        "for source file: Parquet, CSV or JSON lines with columns query, product_id and, optionally, rank",
+        operational=True,
     )
     frequency_power: float = option(
         0.5, "log queries are drawn with weight frequency ** this: 0 draws tail and head alike, 1 as often as typed"

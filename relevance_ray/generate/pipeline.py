@@ -139,7 +139,8 @@ def generate(
             progress.update(stage=f"vectors {count}/{len(parts)}")
     names = _names(log, pool.num_rows)
     there = sum(log.committed()[name]["pairs"] for name in names)
-    progress.update(there, total=num_pairs, stage="groups")
+    progress.restart(there)
+    progress.update(total=num_pairs, stage="groups")
     if missing:
         rows = [{"start": start, "stop": stop} for start, stop in missing]
         for row in _run(rows, ShardWriter, (options, out_dir, key), num_workers):

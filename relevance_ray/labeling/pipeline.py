@@ -84,7 +84,8 @@ def label(
     todo = [shard for shard in shards if shard.label_name not in committed]
     done = [committed[shard.label_name] for shard in shards if shard.label_name in committed]
     if progress is not None:
-        progress.update(sum(record["pairs"] for record in done), failures=sum(record["errors"] for record in done))
+        progress.restart(sum(record["pairs"] for record in done))
+        progress.update(failures=sum(record["errors"] for record in done))
     if todo:
         rows = [{"path": shard.path, "label_name": shard.label_name} for shard in todo]
         results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(

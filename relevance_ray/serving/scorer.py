@@ -16,7 +16,8 @@ import numpy as np
 
 from relevance_ray.calibration import logit_of_classes
 from relevance_ray.engines.base import row_error
-from relevance_ray.engines.transformers import SequenceModel, load_pair_model
+from relevance_ray.engines.registry import load_pair_model
+from relevance_ray.engines.transformers import SequenceModel
 from relevance_ray.errors import UserError
 from relevance_ray.model_folder import ModelInfo, read_model_info
 

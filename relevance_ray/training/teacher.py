@@ -19,7 +19,7 @@ from relevance_ray.engines.base import SINGLE_LOGIT_GAINS
 from relevance_ray.engines.bi_encoder import build_bi_encoder_folder
 from relevance_ray.engines.bm25 import build_bm25_folder
 from relevance_ray.engines.ensemble import build_ensemble_folder, fit_stack, stack_logits
-from relevance_ray.engines.transformers import load_pair_model
+from relevance_ray.engines.registry import load_pair_model
 from relevance_ray.model_folder import ModelInfo, read_model_info, staged_folder, write_model_info
 from relevance_ray.models import resolve_model
 from relevance_ray.schema import LabelScale

@@ -1,0 +1,27 @@
+"""From options to a source: which reader reads which layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from relevance_ray.data import chorus, esci, files, generic, homedepot, market_queries, wands
+from relevance_ray.data.source import DataOptions, Source
+
+
+def open_source(options: DataOptions) -> Source:
+    """The source that `options` describe. Raises `UserError` where files or columns are missing or unreadable."""
+    readers: dict[str, Callable[[DataOptions], Source]] = {
+        "market": market_queries.open_market,
+        "esci": esci.open_esci,
+        "wands": wands.open_wands,
+        "homedepot": homedepot.open_homedepot,
+        "chorus": chorus.open_chorus,
+        "generic": generic.open_generic,
+    }
+    source = readers[options.format](options)
+    if options.queries:
+        log = files.query_log(options.queries)
+        next(log(), None)  # a bad file or a missing column shows now, not after an hour
+        return replace(source, queries=log)
+    return source

@@ -1,0 +1,131 @@
+"""Where each step of a configuration is kept, and whether it is done.
+
+A step's folder is named after everything that decides its result, so that a finished step is skipped, a half-done one
+resumes in its folder, and a changed one is redone beside the old. Generation and labeling grow instead: how many pairs
+are asked for is no part of their fingerprint, and what is there is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from relevance_ray.config import Config
+from relevance_ray.errors import UserError
+from relevance_ray.labeling.pipeline import Shard, shards_to_label
+from relevance_ray.options import semantic
+from relevance_ray.storage import CommitLog, content_id, exists, fingerprint, is_remote, join, listdir, read_json
+
+VERSIONS = {"prepare": 1, "train-teacher": 1, "generate": 1, "label": 1, "train-student": 1, "evaluate": 1}
+"""Raised when a step's code comes to give other results from the same input."""
+
+STEPS = tuple(VERSIONS)
+
+NEEDS = {
+    "prepare": (),
+    "train-teacher": ("prepare",),
+    "generate": ("prepare",),
+    "label": ("train-teacher", "generate"),
+    "train-student": ("label",),
+    "evaluate": ("train-student",),
+}
+"""What must be there before a step; without a teacher to train, `train-teacher` falls out."""
+
+
+class StepFolders:
+    """The folders of one configuration's steps at its root.
+
+    Attributes:
+        root: the root, absolute or s3://.
+        steps: the steps that this configuration has, in order.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        root = config.storage.root.rstrip("/")
+        self.root = root if is_remote(root) else str(Path(root).absolute())
+        self.trains_teacher = config.label.engine == "transformers"
+        self.steps = tuple(step for step in STEPS if step != "train-teacher" or self.trains_teacher)
+        self._keys: dict[str, str] = {}
+
+    def key(self, step: str) -> str:
+        """The fingerprint of a step. That of `train-student` is known once its labels are there."""
+        if step not in self._keys:
+            self._keys[step] = fingerprint(step, VERSIONS[step], *self._inputs(step))
+        return self._keys[step]
+
+    def _inputs(self, step: str) -> list[Any]:
+        config = self.config
+        if step == "prepare":
+            data = config.data
+            files = [str(Path(data.path, name)) for name in (data.products, data.judgments) if name]
+            inputs = [data.path, *files]
+            return [semantic(data), [content_id(path) for path in (*inputs, data.queries) if path]]
+        if step == "train-teacher":
+            return [self.key("prepare"), semantic(config.teacher)]
+        if step == "generate":
+            pairs_file = config.generate.pairs_file
+            return [self.key("prepare"), semantic(config.generate), content_id(pairs_file) if pairs_file else ""]
+        if step == "label":
+            if self.trains_teacher:
+                return [self.key("train-teacher"), semantic(config.label)]
+            return [semantic(config.label), content_id(config.label.path) if config.label.path else ""]
+        if step == "train-student":
+            records = CommitLog(self.folder("label")).committed()
+            labels = [records[shard.label_name]["checksum"] for shard in self.shards()]
+            return [self.key("prepare"), semantic(config.student), labels]
+        teacher = self.key("train-teacher") if self.trains_teacher else ""
+        return [self.key("prepare"), self.key("train-student"), teacher, semantic(config.evaluate)]
+
+    def folder(self, step: str) -> str:
+        return join(self.root, f"{step}-{self.key(step)}")
+
+    def target(self, step: str) -> dict[str, Any]:
+        """How much of a growing step is asked for; a finished step that reached less goes on."""
+        if step == "generate":
+            return {"num_pairs": self.config.generate.num_pairs}
+        if step == "label":
+            return {"shards": fingerprint([shard.label_name for shard in self.shards()])}
+        return {}
+
+    def is_done(self, step: str) -> bool:
+        marker = join(self.folder(step), "step.json")
+        return exists(marker) and read_json(marker)["target"] == self.target(step)
+
+    def plan(self, until: str | None = None) -> Iterator[tuple[str, str, str]]:
+        """(step, "done" | "resume" | "run", folder) for each step, nothing changed. Where the folder of a step depends
+        on what an unfinished one will give, it says after which."""
+        unfinished = ""
+        for step in self.until(until):
+            if unfinished and step in ("label", "train-student", "evaluate"):
+                yield step, "run", f"(known after {unfinished})"
+                continue
+            state = "done" if self.is_done(step) else "resume" if listdir(self.folder(step)) else "run"
+            yield step, state, self.folder(step)
+            if state != "done" and step in ("generate", "label", "train-student"):
+                unfinished = step
+
+    def until(self, until: str | None) -> tuple[str, ...]:
+        """A step and all that it needs, in order; everything without one."""
+        if until is None:
+            return self.steps
+        if until not in STEPS:
+            raise UserError(f"--until {until} is none of {', '.join(STEPS)}")
+        if until not in self.steps:
+            raise UserError(
+                f"with label.engine={self.config.label.engine} no teacher is trained; set label.engine=transformers"
+            )
+        wanted = {until}
+        for step in reversed(STEPS):
+            if step in wanted:
+                wanted.update(NEEDS[step])
+        return tuple(step for step in self.steps if step in wanted)
+
+    def _generated(self) -> dict[str, Any]:
+        """What the generate step said of this run."""
+        return dict(read_json(join(self.folder("generate"), "step.json"))["summary"])
+
+    def shards(self) -> list[Shard]:
+        """The shards of groups that this run asked for; a larger run before it may have left more."""
+        return shards_to_label(CommitLog(self.folder("generate")), self._generated()["shards"])
