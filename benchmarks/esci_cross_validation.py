@@ -53,7 +53,7 @@ BASELINES: tuple[Baseline, ...] = ("cosine", "bm25")
 MODELS = (*TRAINED, *BASELINES)
 
 QUICK = [
-    "teacher={kind: ensemble, max_tokens: 48, members: [{kind: bi_encoder, max_tokens: 48}, {kind: bm25}]}",
+    "teacher={kind: ensemble, members: [{kind: bi_encoder, max_tokens: 48}, {kind: bm25}]}",
     "generate={num_pairs: 1600, quotas: {bm25: 2, bm25_middle: 2, category: 2, random: 2}}",
     "student.num_layers=2",
     "student.max_tokens=48",

@@ -175,8 +175,10 @@ def main() -> None:
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(EXIT_USER)
-    except KeyboardInterrupt:
-        typer.echo("\nstopped; the same command goes on from here", err=True)
+    except (SystemExit, KeyboardInterrupt) as stop:
+        if isinstance(stop, SystemExit) and stop.code != EXIT_STOPPED:
+            raise
+        typer.echo("stopped; the same command goes on from here", err=True)
         sys.exit(EXIT_STOPPED)
 
 

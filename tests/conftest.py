@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+from relevance_ray.quiet import quiet_libraries
+
+quiet_libraries()
+os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

@@ -49,6 +49,11 @@ def values(root: Path, encoder: Path, **generate: Any) -> dict[str, Any]:
     }
 
 
+def heed_interrupts() -> None:
+    """A job in the background, as tests may be, ignores SIGINT and hands that on; someone at a terminal does not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def cli(*arguments: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "relevance_ray.cli", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -99,7 +104,14 @@ def test_ctrl_c_while_labeling_loses_nothing_that_was_committed(tmp_path: Path, 
     config.write_text(yaml.safe_dump(values(tmp_path / "root", encoder, num_pairs=4000, groups_per_shard=5)))
     command = [sys.executable, "-m", "relevance_ray.cli", "label", str(config)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        preexec_fn=heed_interrupts,
+    )
     deadline = time.monotonic() + 200
     while not list((tmp_path / "root").glob("label-*/commits/*.json")) and process.poll() is None:
         assert time.monotonic() < deadline

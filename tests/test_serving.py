@@ -185,6 +185,7 @@ def test_served_until_ctrl_c_then_ends_cleanly(student: Path) -> None:
         text=True,
         env=environment,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's SIGINT is ignored
     )
     try:
         assert process.stdout is not None

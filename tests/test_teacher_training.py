@@ -108,8 +108,17 @@ def test_lora_is_merged_into_a_plain_folder_and_moves_every_linear_layer(
     load_pair_model(tmp_path / "out").logits(QUERIES, PRODUCTS)
 
 
+def test_an_option_that_a_kind_would_not_read_is_refused() -> None:
+    with pytest.raises(ValueError, match="num_layers is not read by kind bi_encoder"):
+        TeacherMemberOptions(kind="bi_encoder", num_layers=2)
+    with pytest.raises(ValueError, match="model is not read by kind bm25"):
+        TeacherMemberOptions(kind="bm25", model="mpnet")
+    with pytest.raises(ValueError, match="fit is not read by kind ensemble"):
+        TeacherOptions(kind="ensemble", members=[TeacherMemberOptions()], fit=FIT)
+
+
 def test_an_untrained_bi_encoder_is_only_calibrated(encoder_folder: Path, judged_file: str, tmp_path: Path) -> None:
-    options = options_for(encoder_folder, kind="bi_encoder")
+    options = TeacherOptions(kind="bi_encoder", model=str(encoder_folder), max_tokens=48, fields=["title"])
     train_teacher(options, SCALE, judged_file, no_catalog, tmp_path / "out", tmp_path / "work")
     info = read_model_info(tmp_path / "out")
     assert (info.kind, info.extra["logit_scale"]) == ("bi_encoder", 20.0)
@@ -123,7 +132,9 @@ def test_an_ensemble_is_stacked_and_resumes_at_the_fold_where_it_was_killed(
         values = {"model": str(encoder_folder), "max_tokens": 32, "fields": ["title"], "dropout": 0.0, "fit": FIT}
         return TeacherMemberOptions(**{**values, **changes})
 
-    options = TeacherOptions(kind="ensemble", members=[member(kind="bm25"), member(), member(kind="bi_encoder")])
+    bm25 = TeacherMemberOptions(kind="bm25", fields=["title"])
+    bi_encoder = TeacherMemberOptions(kind="bi_encoder", model=str(encoder_folder), max_tokens=32, fields=["title"])
+    options = TeacherOptions(kind="ensemble", members=[bm25, member(), bi_encoder])
 
     class KilledError(Exception):
         pass

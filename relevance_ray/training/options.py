@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import MISSING, Field, dataclass, fields
+from typing import Any, Literal
 
 from relevance_ray.options import STRICT, option
 from relevance_ray.student.options import CrossEncoderOptions
@@ -92,6 +92,13 @@ class StudentOptions(CrossEncoderOptions):
             )
 
 
+_OF_CLASSIFIERS = ("num_layers", "num_classes", "lora", "prompt", "dropout", "fit")
+
+
+def _default(field: Field[Any]) -> Any:
+    return field.default_factory() if field.default_factory is not MISSING else field.default
+
+
 @dataclass(frozen=True)
 class TeacherMemberOptions(ClassifierOptions):
     """One member of an ensemble: trained (classifier), or used as it is (bi_encoder, bm25)."""
@@ -102,8 +109,12 @@ class TeacherMemberOptions(ClassifierOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kind in ("bi_encoder", "bm25") and (self.num_layers or self.lora or self.fit != TeacherFitOptions()):
-            raise ValueError(f"num_layers, lora and fit are for a classifier; a {self.kind} is not trained")
+        unread: tuple[str, ...] = () if self.kind == "classifier" else _OF_CLASSIFIERS
+        if self.kind not in ("classifier", "bi_encoder"):
+            unread = (*unread, "model")
+        for field in fields(self):
+            if field.name in unread and getattr(self, field.name) != _default(field):
+                raise ValueError(f"{field.name} is not read by kind {self.kind}; leave it out")
 
 
 @dataclass(frozen=True)
