@@ -16,7 +16,6 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
     A local Ray gets at least 4 logical CPUs: with fewer, a pool of actors can starve the stage that feeds it.
     """
     quiet_libraries()
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # a busy machine takes longer than the default 30
     import ray
 
     if ray.is_initialized():

@@ -11,7 +11,6 @@ import pytest
 from relevance_ray.quiet import quiet_libraries
 
 quiet_libraries()
-os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
