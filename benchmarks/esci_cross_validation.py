@@ -44,7 +44,7 @@ from relevance_ray.evaluation.options import Baseline
 from relevance_ray.evaluation.report import metric_title, write_report
 from relevance_ray.options import semantic
 from relevance_ray.schema import LabelScale
-from relevance_ray.step_folders import StepFolders
+from relevance_ray.step_folders import VERSIONS, StepFolders
 from relevance_ray.steps import Chain
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,7 +121,9 @@ def fold_predictions(config: Config) -> pa.Table:
     Columns `query_id`, `product_id`, and `NAME.logit` and `NAME.class` of each model; the fold's `seconds` lie in the
     schema's metadata.
     """
-    identity = storage.fingerprint(semantic(config), config.generate.num_pairs)
+    folders = StepFolders(config)
+    keys = [folders.key("train-teacher"), folders.key("generate"), VERSIONS]
+    identity = storage.fingerprint(keys, semantic(config), config.generate.num_pairs)
     path = f"{config.storage.root}/predictions-{identity}.parquet"
     if storage.exists(path):
         print(f"predictions are there, skipped ({path})", flush=True)

@@ -18,6 +18,7 @@ from relevance_ray.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from relevance_ray.config import Config
+    from relevance_ray.steps import Outcome
 
 EXIT_USER, EXIT_FAILED_ROWS, EXIT_STOPPED = 2, 3, 130
 
@@ -48,6 +49,10 @@ def _run_chain(config: Config, until: str | None) -> None:
     evaluated = outcome.summaries.get("evaluate")
     if evaluated:
         typer.echo(f"\nreport: {evaluated['report']}")
+    _report_failures(outcome)
+
+
+def _report_failures(outcome: Outcome) -> None:
     if outcome.failed_rows:
         typer.echo(
             f"{outcome.failed_rows} rows could not be labeled; their `error` in {outcome.folders['label']}/data says why, "
@@ -99,7 +104,7 @@ def demo(
     """The whole chain on the built-in market, then one request to the served student."""
     from relevance_ray.demo import run_demo
 
-    run_demo(root, set_ or [])
+    _report_failures(run_demo(root, set_ or []))
 
 
 @app.command()
@@ -174,6 +179,11 @@ def main() -> None:
         app(standalone_mode=True)
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
+        sys.exit(EXIT_USER)
+    except (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
+        typer.echo(
+            f"error: {error.filename}: {error.strerror}; give a path that can be read or written there", err=True
+        )
         sys.exit(EXIT_USER)
     except (SystemExit, KeyboardInterrupt) as stop:
         if isinstance(stop, SystemExit) and stop.code != EXIT_STOPPED:

@@ -58,6 +58,8 @@ class ResourceOptions:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
+        if self.gpus_per_label_actor < 0:
+            raise ValueError("gpus_per_label_actor must not be negative")
 
 
 @dataclasses.dataclass(frozen=True)

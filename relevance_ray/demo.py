@@ -62,7 +62,7 @@ def example_request(prepared: str) -> dict[str, Any]:
     """A request from the test split: a query that no model has trained on, and its judged products."""
     from relevance_ray.data.prepare import read_judged
 
-    group = read_judged(prepared, "test").slice(0, 1).to_pylist()[0]
+    group = read_judged(localize(prepared), "test").slice(0, 1).to_pylist()[0]
     products = [
         {"title": product["fields"]["title"], "brand": product["fields"]["brand"], "color": product["fields"]["color"]}
         for product in group["products"][:5]

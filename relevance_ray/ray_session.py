@@ -6,7 +6,24 @@ import contextlib
 import os
 from collections.abc import Iterator
 
+from relevance_ray.errors import UserError
 from relevance_ray.quiet import quiet_libraries
+
+
+def check_resources(count: int, cpus: float, gpus: float, key: str) -> None:
+    """Refuse `count` actors of so many CPUs and GPUs each that a local Ray can never hold at once: it would wait for
+    ever, without a word. A cluster that `RAY_ADDRESS` names may still grow, so it is not asked."""
+    import ray
+
+    if os.environ.get("RAY_ADDRESS"):
+        return
+    there = ray.cluster_resources()
+    for name, each in (("CPU", cpus), ("GPU", gpus)):
+        if count * each > there.get(name, 0):
+            raise UserError(
+                f"{key} asks for {count} at {each:g} {name}s each, and this Ray has {there.get(name, 0):g}; "
+                "lower it, or what each one takes"
+            )
 
 
 @contextlib.contextmanager

@@ -43,7 +43,7 @@ class StepFolders:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        root = config.storage.root.rstrip("/")
+        root = config.storage.root.removeprefix("file://").rstrip("/")
         self.root = root if is_remote(root) else str(Path(root).absolute())
         self.trains_teacher = config.label.engine == "transformers"
         self.steps = tuple(step for step in STEPS if step != "train-teacher" or self.trains_teacher)
@@ -70,7 +70,8 @@ class StepFolders:
         if step == "label":
             if self.trains_teacher:
                 return [self.key("train-teacher"), semantic(config.label)]
-            return [semantic(config.label), content_id(config.label.path) if config.label.path else ""]
+            file = content_id(config.label.path) if config.label.path else ""
+            return [semantic(config.label), file, config.data.format, semantic(config.data)["scale"]]
         if step == "train-student":
             records = CommitLog(self.folder("label")).committed()
             labels = [records[shard.label_name]["checksum"] for shard in self.shards()]

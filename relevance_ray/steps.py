@@ -18,7 +18,7 @@ from relevance_ray.config import Config
 from relevance_ray.models import resolve_model
 from relevance_ray.options import semantic
 from relevance_ray.progress import Progress
-from relevance_ray.ray_session import ray_session
+from relevance_ray.ray_session import check_resources, ray_session
 from relevance_ray.step_folders import VERSIONS, StepFolders
 from relevance_ray.storage import (
     CommitLog,
@@ -131,13 +131,15 @@ class Chain:
             latest["student"] = join(latest["train-student"], "model")
         path = join(self.at.root, "latest.json")
         known = read_json(path) if exists(path) else {}
-        write_json(path, {**known, **latest})
+        kept = {name: place for name, place in known.items() if self.at.trains_teacher or "teacher" not in name}
+        write_json(path, {**kept, **latest})
 
     # The steps
 
-    def _ray(self) -> None:
-        """Ray from here to the end of the run."""
+    def _ray(self, count: int = 0, cpus: float = 0, gpus: float = 0, key: str = "") -> None:
+        """Ray from here to the end of the run, which must be able to hold `count` actors at once."""
         self._stack.enter_context(ray_session(self.config.resources.num_cpus))
+        check_resources(count, cpus, gpus, f"resources.{key}")
 
     def _progress(self, description: str, total: int | None, unit: str) -> Progress:
         log = None if is_remote(self.at.root) else f"{self.at.root}/log.jsonl"
@@ -145,9 +147,8 @@ class Chain:
 
     def _work(self, step: str, folder: str) -> Path:
         """A local folder for checkpoints: within the step on disk, in the cache where the root is on S3."""
-        work = (
-            Path(folder) / "work" if not is_remote(folder) else cache_folder() / "work" / f"{step}-{self.at.key(step)}"
-        )
+        cached = cache_folder() / "work" / f"{step}-{fingerprint(folder)}"
+        work = cached if is_remote(folder) else Path(folder) / "work"
         work.mkdir(parents=True, exist_ok=True)
         return work
 
@@ -167,8 +168,9 @@ class Chain:
     def _runner(self, name: str) -> Any:
         from relevance_ray.training.ray_train import ray_runner
 
-        self._ray()
         resources = self.config.resources
+        gpus = 1 if resources.train_on_gpu else 0
+        self._ray(resources.train_workers, resources.cpus_per_train_worker, gpus, "train_workers")
         return ray_runner(
             num_workers=resources.train_workers,
             cpus_per_worker=resources.cpus_per_train_worker,
@@ -215,13 +217,17 @@ class Chain:
         shards = self.at.shards()
         model = join(self.at.folder("train-teacher"), "model") if self.at.trains_teacher else None
         resources = self.config.resources
-        self._ray()
+        factory = partial(open_engine, self.config.label, model, read_scale(self._prepared()))
+        if model is None:
+            factory()  # out of an actor, what the user must mend in a file of labels would be no `UserError` any more
+        actors, cpus, gpus = resources.label_actors, resources.cpus_per_label_actor, resources.gpus_per_label_actor
+        self._ray(actors, cpus, gpus, "label_actors")
         with self._progress("label", sum(shard.num_pairs for shard in shards), "pairs") as progress:
             summary = label(
                 shards,
                 folder,
                 self.at.key("label"),
-                partial(open_engine, self.config.label, model, read_scale(self._prepared())),
+                factory,
                 num_actors=resources.label_actors,
                 num_cpus=resources.cpus_per_label_actor,
                 num_gpus=resources.gpus_per_label_actor,
@@ -266,8 +272,7 @@ class Chain:
         folder = join(self.at.root, "evaluate-baselines", f"human_only-{key}")
         if not exists(join(folder, "step.json")):
             self.say(f"evaluate: training the same student on human labels alone ({folder})")
-            work = Path(folder) / "work" if not is_remote(folder) else cache_folder() / "work" / f"human_only-{key}"
-            work.mkdir(parents=True, exist_ok=True)
+            work = self._work("human_only", folder)
             summary = self._fit_student(options, folder, None, work, "human-only student")
             write_json(join(folder, "step.json"), {"fingerprint": key, "summary": summary})
         return localize(join(folder, "model"))

@@ -255,7 +255,12 @@ class CommitLog:
             "fingerprint": fingerprint,
             **(extra or {}),
         }
-        return create_exclusive(join(self.folder, "commits", f"{shard}.json"), json.dumps(record).encode())
+        if not create_exclusive(join(self.folder, "commits", f"{shard}.json"), json.dumps(record).encode()):
+            return False
+        if not exists(join(self.folder, "data", name)):
+            # A new driver took this actor for dead and swept the file between the two writes.
+            write_bytes(join(self.folder, "data", name), data)
+        return True
 
     def path(self, shard: str) -> str:
         """The data file of a committed shard."""
@@ -296,6 +301,7 @@ class Lease:
         self._owner = {"host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex}
         self._file: Any = None
         self._stop = threading.Event()
+        self._heartbeat = threading.Thread(target=self._beat, name="lease", daemon=True)
 
     def __enter__(self) -> Lease:
         if is_remote(self.root):
@@ -308,7 +314,9 @@ class Lease:
         self._stop.set()
         if self._file is not None:
             self._file.close()
-        elif read_json(self.path).get("token") == self._owner["token"]:
+            return
+        self._heartbeat.join()
+        if exists(self.path) and read_json(self.path)["token"] == self._owner["token"]:
             remove_tree(self.path)
 
     def _refuse(self, holder: Mapping[str, Any]) -> UserError:
@@ -343,7 +351,7 @@ class Lease:
             holder = read_json(self.path)
             if holder["token"] != self._owner["token"]:
                 raise self._refuse(holder)
-        threading.Thread(target=self._beat, name="lease", daemon=True).start()
+        self._heartbeat.start()
 
     def _stamp(self) -> bytes:
         return json.dumps({**self._owner, "heartbeat": time.time()}).encode()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +118,8 @@ def build_ensemble_folder(
     """Make a model folder of kind ensemble: copies the member folders in; `out` appears whole.
 
     Args:
-        members: model folders, in the order of the stack's features. The ensemble's own template is the first one's;
-            each member reads pairs with its own.
+        members: model folders, in the order of the stack's features. The ensemble's own template is the first one's
+            with the fields of all; each member reads pairs with its own.
         stack: from `fit_stack`.
 
     Raises:
@@ -131,6 +132,9 @@ def build_ensemble_folder(
     with staged_folder(out) as partial:
         for index, member in enumerate(members):
             shutil.copytree(member, partial / _MEMBERS / str(index))
-        info = ModelInfo("ensemble", scale, infos[0].template, calibration, {"stack": dict(stack)})
+        # What a caller must hand over is what any member reads, not only the first.
+        fields = dict.fromkeys(name for info in infos for name in info.template.fields)
+        template = replace(infos[0].template, fields=tuple(fields))
+        info = ModelInfo("ensemble", scale, template, calibration, {"stack": dict(stack)})
         write_model_info(partial, info)
     return Path(out)

@@ -11,6 +11,7 @@ from relevance_ray.engines.base import Engine, EngineOptions, FolderModel, Model
 from relevance_ray.errors import UserError
 from relevance_ray.model_folder import read_model_info
 from relevance_ray.schema import LabelScale
+from relevance_ray.storage import localize
 
 DEFAULT_BATCH_TOKENS = 8192
 
@@ -59,7 +60,7 @@ def open_engine(options: EngineOptions, model: str | Path | None, scale: LabelSc
     """The engine that the options name.
 
     Args:
-        model: the teacher's folder, for `transformers`.
+        model: the teacher's folder, local or s3://, for `transformers`.
         scale: the grades of `file` and `oracle`.
 
     Raises:
@@ -75,4 +76,5 @@ def open_engine(options: EngineOptions, model: str | Path | None, scale: LabelSc
         return OracleEngine(scale, noise=options.noise)
     if model is None:
         raise UserError("the transformers engine needs a teacher; run train-teacher first or give its model folder")
+    model = localize(str(model))
     return ModelEngine(load_pair_model(model, options.device, options.num_threads, options.max_batch_tokens))

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from relevance_ray.errors import UserError
 from relevance_ray.training import checkpoint, distributed
 from relevance_ray.training.options import FitOptions
 
@@ -124,7 +125,7 @@ def fit(task: Task, options: FitOptions, work_dir: Path, on_progress: OnProgress
         The result; `work_dir/result.json` is written after everything else.
 
     Raises:
-        FloatingPointError: the loss stopped being finite.
+        UserError: the loss stopped being finite.
     """
     finished = distributed.broadcast_object(read_result(work_dir))
     if finished is not None:
@@ -208,7 +209,7 @@ class _Loop:
         distributed.all_reduce_sum(self.gradient)
         mean_loss = float(distributed.all_reduce_sum(total))
         if not math.isfinite(mean_loss):
-            raise FloatingPointError(f"the loss became {mean_loss} at step {step + 1}; lower fit.learning_rate")
+            raise UserError(f"the loss became {mean_loss} at step {step + 1}; lower fit.learning_rate")
         norm = float(self.gradient.norm())
         self.gradient.mul_(min(1.0, self.options.max_grad_norm / (norm + 1e-6)))
         rate = self.options.learning_rate * schedule(step, self.num_steps, self.options.warmup_ratio)

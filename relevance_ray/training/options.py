@@ -111,7 +111,9 @@ class TeacherMemberOptions(ClassifierOptions):
         super().__post_init__()
         unread: tuple[str, ...] = () if self.kind == "classifier" else _OF_CLASSIFIERS
         if self.kind not in ("classifier", "bi_encoder"):
-            unread = (*unread, "model")
+            unread = (*unread, "model", "max_tokens")
+        if self.kind not in ("classifier", "bi_encoder", "bm25"):
+            unread = (*unread, "fields")
         for field in fields(self):
             if field.name in unread and getattr(self, field.name) != _default(field):
                 raise ValueError(f"{field.name} is not read by kind {self.kind}; leave it out")

@@ -8,6 +8,7 @@ cluster alike. The price is that the work folder must be on a file system that a
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import threading
@@ -56,6 +57,7 @@ def ray_runner(num_workers: int, cpus_per_worker: int = 1, use_gpu: bool = False
                 "options": options,
                 "work_dir": str(work_dir),
                 "num_threads": cpus_per_worker,
+                "use_gpu": use_gpu,
             },
             torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
             scaling_config=ScalingConfig(
@@ -84,8 +86,10 @@ def ray_runner(num_workers: int, cpus_per_worker: int = 1, use_gpu: bool = False
 
 def _worker(config: dict[str, Any]) -> None:
     torch.set_num_threads(config["num_threads"])
-    if torch.cuda.is_available():
+    if config["use_gpu"]:
         torch.cuda.set_device(ray.train.torch.get_device())
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that was not asked for is somebody else's
     work_dir = Path(config["work_dir"])
     try:
         local_runner(config["spec"], config["options"], work_dir)
