@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny_training import build_tiny_encoder
+from tiny_training import COLORS, THINGS, agreement, build_tiny_encoder
 
+from relevance_ray import storage
 from relevance_ray.config import build_config
 from relevance_ray.step_folders import STEPS, StepFolders
 from relevance_ray.steps import Chain
@@ -158,7 +159,83 @@ def test_what_cannot_work_is_one_sentence_exit_2_and_nothing_half_written(
     assert not list((tmp_path / "root").glob("prepare-*/judgments.parquet")) or "num_pairs" in change
 
 
+def test_pairs_and_labels_of_ones_own_replace_generation_and_teacher(tmp_path: Path, encoder: Path) -> None:
+    """The README's way into the chain; one pair without a label is one failed row, and exit code 3 says so."""
+    shop = tmp_path / "shop"
+    shop.mkdir()
+    products = [f"{color} {thing}" for color in COLORS for thing in THINGS]
+    (shop / "products.csv").write_text("product_id,title\n" + "".join(f"{title},{title}\n" for title in products))
+    judged = [(query, product, agreement(query, product)) for query in products for product in products[::3]]
+    rows = [f"{query},{product},{int(grade == 2)}\n" for query, product, grade in judged]
+    (shop / "judgments.csv").write_text("query,product_id,grade\n" + "".join(rows))
+    typed = [f"the {title}" for title in products]
+    pairs = [(query, product) for query in typed for product in products[:8]]
+    (shop / "pairs.csv").write_text("query,product_id\n" + "".join(f"{q},{p}\n" for q, p in pairs))
+    labels = [f"{q},{p},{float(agreement(q, p))}\n" for q, p in pairs]
+    (shop / "labels.csv").write_text("query,product_id,logit\n" + "".join(labels))
+    config = tmp_path / "run.yaml"
+    settings = values(tmp_path / "root", encoder) | {
+        "data": {"format": "generic", "path": str(shop), "scale": "binary"},
+        "generate": {"source": "file", "pairs_file": str(shop / "pairs.csv"), "num_pairs": 8, "groups_per_shard": 4},
+        "label": {"engine": "file", "path": str(shop / "labels.csv")},
+    }
+    settings.pop("teacher")
+    config.write_text(yaml.safe_dump(settings))
+    refused = cli("label", str(config), "--set", "generate.num_pairs=100000")
+    assert refused.returncode == 2
+    assert "num_pairs" in refused.stderr
+
+    number = settings["generate"]["num_pairs"]
+    assert cli("label", str(config)).returncode == 0
+    (folder,) = (tmp_path / "root").glob("label-*")
+    (record,) = CommitLog(str(folder)).committed().values()
+    assert (record["pairs"], record["errors"]) == (number, 0)
+
+    first = CommitLog(str(folder)).read(next(iter(CommitLog(str(folder)).committed()))).to_pylist()[0]
+    missing = f"{first['query']},{first['products'][0]['product_id']},"
+    (shop / "labels.csv").write_text(
+        "query,product_id,logit\n" + "".join(line for line in labels if not line.startswith(missing))
+    )
+    failed = cli("label", str(config))
+    assert failed.returncode == 3, failed.stderr
+    assert "1 rows could not be labeled" in failed.stderr
+
+    (shop / "labels.csv").write_text("query,product\nred,1\n")
+    broken = cli("label", str(config))
+    assert broken.returncode == 2
+    assert "labels.csv lacks the column product_id" in broken.stderr
+    assert "Traceback" not in broken.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_chain_lives_on_s3(s3_server: None, tmp_path: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RELEVANCE_RAY_CACHE", str(tmp_path / "cache"))
+    config = values(tmp_path, encoder) | {"storage": {"root": "s3://bucket/chain"}}
+    first = Chain(build_config(config), lambda line: None).run()
+    latest = storage.read_json("s3://bucket/chain/latest.json")
+    assert (storage.localize(latest["student"]) / "relevance.json").is_file()
+    assert storage.exists(storage.join(first.folders["evaluate"], "report.md"))
+    said: list[str] = []
+    Chain(build_config(config), said.append).run()
+    assert len(said) == len(STEPS)
+    assert all("done already, skipped" in line for line in said)
+
+
+def test_more_actors_than_the_machine_can_hold_are_refused_instead_of_waited_for(tmp_path: Path, encoder: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(values(tmp_path / "root", encoder)))
+    done = cli("train-teacher", str(config), "--set", "resources.train_workers=64")
+    assert done.returncode == 2, done.stderr
+    assert "resources.train_workers asks for 64 at 1 CPUs each" in done.stderr
+
+
 def test_a_dry_run_says_what_would_be_done_and_does_nothing(tmp_path: Path, encoder: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(values(tmp_path / "root", encoder)))
+    shown = cli("run", str(config), "--dry-run")
+    assert shown.returncode == 0
+    assert [line.split()[:2] for line in shown.stdout.splitlines()] == [[step, "run"] for step in STEPS]
     folders = StepFolders(build_config(values(tmp_path / "root", encoder)))
     assert [(step, state) for step, state, _ in folders.plan()] == [(step, "run") for step in STEPS]
     assert [step for step, _, _ in folders.plan("generate")] == ["prepare", "generate"]

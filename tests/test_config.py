@@ -76,7 +76,5 @@ def test_the_jobs_that_ship_are_valid(path: Path) -> None:
     assert isinstance(load_config(str(path)), Config)
 
 
-def test_the_demos_teacher_is_a_trained_one() -> None:
-    config = demo_config()
-    assert config.label.engine == "transformers"
-    assert "classifier" in [member.kind for member in config.teacher.members]
+def test_the_demos_labels_come_from_its_teacher_not_from_the_truth() -> None:
+    assert demo_config().label.engine == "transformers"
