@@ -208,18 +208,18 @@ def test_pairs_and_labels_of_ones_own_replace_generation_and_teacher(tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("ray_cluster")
 def test_a_chain_lives_on_s3(s3_server: None, tmp_path: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RELEVANCE_RAY_CACHE", str(tmp_path / "cache"))
-    config = values(tmp_path, encoder) | {"storage": {"root": "s3://bucket/chain"}}
-    first = Chain(build_config(config), lambda line: None).run()
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(values(tmp_path, encoder) | {"storage": {"root": "s3://bucket/chain"}}))
+    first = cli("run", str(config))
+    assert first.returncode == 0, first.stderr
     latest = storage.read_json("s3://bucket/chain/latest.json")
     assert (storage.localize(latest["student"]) / "relevance.json").is_file()
-    assert storage.exists(storage.join(first.folders["evaluate"], "report.md"))
-    said: list[str] = []
-    Chain(build_config(config), said.append).run()
-    assert len(said) == len(STEPS)
-    assert all("done already, skipped" in line for line in said)
+    assert storage.exists(storage.join(latest["evaluate"], "report.md"))
+    again = cli("run", str(config))
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("done already, skipped") == len(STEPS)
 
 
 def test_more_actors_than_the_machine_can_hold_are_refused_instead_of_waited_for(tmp_path: Path, encoder: Path) -> None:
