@@ -40,6 +40,11 @@ from relevance_ray.training.options import StudentOptions
 Say = Callable[[str], None]
 
 
+def print_at_once(line: str) -> None:
+    """Print, also into a file, before the step that the line is about."""
+    print(line, flush=True)
+
+
 @dataclass
 class Outcome:
     """What a run of the chain left: each step's folder and summary, and how many rows failed."""
@@ -56,7 +61,7 @@ class Chain:
         at: where each step is kept.
     """
 
-    def __init__(self, config: Config, say: Say = print) -> None:
+    def __init__(self, config: Config, say: Say = print_at_once) -> None:
         self.config = config
         self.at = StepFolders(config)
         self.say = say
