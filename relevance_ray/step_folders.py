@@ -17,7 +17,7 @@ from relevance_ray.labeling.pipeline import Shard, shards_to_label
 from relevance_ray.options import semantic
 from relevance_ray.storage import CommitLog, content_id, exists, fingerprint, is_remote, join, listdir, read_json
 
-VERSIONS = {"prepare": 1, "train-teacher": 1, "generate": 1, "label": 1, "train-student": 1, "evaluate": 1}
+VERSIONS = {"prepare": 1, "train-teacher": 2, "generate": 1, "label": 1, "train-student": 1, "evaluate": 1}
 """Raised when a step's code comes to give other results from the same input."""
 
 STEPS = tuple(VERSIONS)
@@ -71,7 +71,8 @@ class StepFolders:
             if self.trains_teacher:
                 return [self.key("train-teacher"), semantic(config.label)]
             file = content_id(config.label.path) if config.label.path else ""
-            return [semantic(config.label), file, config.data.format, semantic(config.data)["scale"]]
+            meaning = [semantic(config.data)[name] for name in ("format", "scale", "label_smoothing")]
+            return [semantic(config.label), file, *meaning]
         if step == "train-student":
             records = CommitLog(self.folder("label")).committed()
             labels = [records[shard.label_name]["checksum"] for shard in self.shards()]

@@ -276,28 +276,12 @@ def test_bm25_of_an_empty_catalog_is_refused(tmp_path: Path) -> None:
 # Ensemble
 
 
-def test_stack_equals_sklearn_softmax_regression() -> None:
-    from sklearn.linear_model import LogisticRegression
-
-    rng = np.random.default_rng(0)
-    features = rng.normal(size=(300, 3)) * [1, 20, 0.1] + 5
-    classes = (features[:, 0] > 5).astype(int) + (features[:, 1] + rng.normal(size=300) * 10 > 20)
-    l2 = 0.05
-    stack = fit_stack(features, np.eye(3)[classes], l2)
-    z = (features - features.mean(axis=0)) / features.std(axis=0)
-    peer = LogisticRegression(C=1 / (l2 * 300), tol=1e-8, max_iter=5000).fit(z, classes)
-    found = stack_logits(features, stack)
-    probabilities = np.exp(found) / np.exp(found).sum(axis=1, keepdims=True)
-    np.testing.assert_allclose(probabilities, peer.predict_proba(z), atol=1e-3)
-    assert stack == fit_stack(features, np.eye(3)[classes], l2)
-
-
 def test_ensemble_folder_stacks_its_members(
     tmp_path: Path, cross_encoder: Path, bi_encoder: Path, bm25_folder: Path
 ) -> None:
     members = [cross_encoder, bi_encoder, bm25_folder]
     features = np.stack([load_pair_model(member).logits(QUERIES, PRODUCTS) for member in members], axis=1)
-    stack = fit_stack(features, np.stack([ESCI.distribution(grade) for grade in "EICSE"]))
+    stack = fit_stack(features, np.stack([ESCI.distribution(grade) for grade in "EICSE"]), np.zeros(5))
     folder = build_ensemble_folder(members, stack, ESCI, tmp_path / "ensemble")
     model = load_pair_model(folder)
     np.testing.assert_allclose(model.class_logits(QUERIES, PRODUCTS), stack_logits(features, stack), atol=1e-4)

@@ -20,9 +20,18 @@ from tiny_training import SCALE, build_tiny_encoder, judged_groups, labeled_grou
 from relevance_ray.errors import UserError
 from relevance_ray.student.cross_encoder import build_cross_encoder
 from relevance_ray.student.options import CrossEncoderOptions
-from relevance_ray.training.fit import FitResult, epoch_order, micro_batches, schedule, share_by_cost
+from relevance_ray.training.fit import (
+    FitResult,
+    OnProgress,
+    TaskSpec,
+    epoch_order,
+    micro_batches,
+    schedule,
+    share_by_cost,
+)
 from relevance_ray.training.options import FitOptions
-from relevance_ray.training.runners import local_runner
+from relevance_ray.training.ray_train import ray_runner
+from relevance_ray.training.runners import Job, local_runner
 from relevance_ray.training.tasks import StudentTask, StudentTaskSpec
 
 OPTIONS = FitOptions(
@@ -43,6 +52,16 @@ def student_spec(tmp_path: Path, dropout: float = 0.0) -> StudentTaskSpec:
         max_group_products=8,
         seed=0,
     )
+
+
+def train(spec: TaskSpec, options: FitOptions, work_dir: Path, on_progress: OnProgress | None = None) -> FitResult:
+    return local_runner([Job(spec, options, work_dir)], on_progress)[0]
+
+
+def train_on_two(
+    spec: TaskSpec, options: FitOptions, work_dir: Path, on_progress: OnProgress | None = None
+) -> FitResult:
+    return ray_runner(num_workers=2)([Job(spec, options, work_dir)], on_progress)[0]
 
 
 def losses_of(result: FitResult) -> list[float]:
@@ -87,8 +106,8 @@ def test_the_learning_rate_rises_then_falls_to_zero() -> None:
 
 def test_micro_batching_does_not_change_the_gradient(tmp_path: Path) -> None:
     spec = student_spec(tmp_path)
-    whole = local_runner(spec, replace(OPTIONS, max_batch_tokens=100_000), tmp_path / "whole")
-    parts = local_runner(spec, replace(OPTIONS, max_batch_tokens=1), tmp_path / "parts")
+    whole = train(spec, replace(OPTIONS, max_batch_tokens=100_000), tmp_path / "whole")
+    parts = train(spec, replace(OPTIONS, max_batch_tokens=1), tmp_path / "parts")
     np.testing.assert_allclose(losses_of(whole), losses_of(parts), rtol=1e-4)
 
 
@@ -99,16 +118,16 @@ class KilledError(Exception):
 @pytest.mark.parametrize("kill_at", [2, 5, 7])
 def test_a_killed_run_takes_the_same_steps_as_an_undisturbed_one(tmp_path: Path, kill_at: int) -> None:
     spec = student_spec(tmp_path, dropout=0.2)
-    undisturbed = local_runner(spec, OPTIONS, tmp_path / "undisturbed")
+    undisturbed = train(spec, OPTIONS, tmp_path / "undisturbed")
 
     def kill(record: dict[str, Any]) -> None:
         if record["step"] == kill_at:
             raise KilledError
 
     with pytest.raises(KilledError):
-        local_runner(spec, OPTIONS, tmp_path / "killed", kill)
+        train(spec, OPTIONS, tmp_path / "killed", kill)
     ran: list[int] = []
-    resumed = local_runner(spec, OPTIONS, tmp_path / "killed", lambda record: ran.append(record["step"]))
+    resumed = train(spec, OPTIONS, tmp_path / "killed", lambda record: ran.append(record["step"]))
     assert ran[0] == kill_at // 3 * 3 + 1
     assert losses_of(resumed) == losses_of(undisturbed)
     assert (resumed.best_step, resumed.metrics, resumed.pairs) == (
@@ -123,9 +142,9 @@ def test_a_killed_run_takes_the_same_steps_as_an_undisturbed_one(tmp_path: Path,
 
 def test_an_ended_run_returns_at_once(tmp_path: Path) -> None:
     spec = student_spec(tmp_path)
-    first = local_runner(spec, OPTIONS, tmp_path / "work")
+    first = train(spec, OPTIONS, tmp_path / "work")
     ran: list[dict[str, Any]] = []
-    assert local_runner(spec, OPTIONS, tmp_path / "work", ran.append) == first
+    assert train(spec, OPTIONS, tmp_path / "work", ran.append) == first
     assert not ran
 
 
@@ -138,11 +157,11 @@ def test_two_checkpoints_are_kept_and_a_half_written_one_is_not_read(tmp_path: P
             raise KilledError
 
     with pytest.raises(KilledError):
-        local_runner(spec, replace(OPTIONS, epochs=3), work, kill)
+        train(spec, replace(OPTIONS, epochs=3), work, kill)
     assert sorted(path.name for path in (work / "checkpoints").iterdir()) == ["step-0000000006", "step-0000000009"]
     (work / "checkpoints" / ".step-0000000012.abc").mkdir()
     ran: list[int] = []
-    local_runner(spec, replace(OPTIONS, epochs=3), work, lambda record: ran.append(record["step"]))
+    train(spec, replace(OPTIONS, epochs=3), work, lambda record: ran.append(record["step"]))
     assert ran[0] == 10
     assert not (work / "checkpoints").exists()
 
@@ -163,7 +182,7 @@ class FadingSpec:
 def test_the_best_weights_are_kept_and_the_earliest_of_equals(tmp_path: Path) -> None:
     spec = student_spec(tmp_path)
     options = replace(OPTIONS, epochs=3)
-    result = local_runner(FadingSpec(spec), options, tmp_path / "work")
+    result = train(FadingSpec(spec), options, tmp_path / "work")
     assert (result.steps, result.best_step, result.metrics) == (15, 8, {"ndcg": 0.9})
     task = StudentTask(spec)
     assert not torch.equal(weights_of(result)["classifier.weight"], task.model.classifier.weight)
@@ -172,41 +191,42 @@ def test_the_best_weights_are_kept_and_the_earliest_of_equals(tmp_path: Path) ->
 def test_a_loss_that_explodes_stops_the_run(tmp_path: Path) -> None:
     spec = student_spec(tmp_path)
     with pytest.raises(UserError, match=r"lower fit\.learning_rate"):
-        local_runner(spec, replace(OPTIONS, learning_rate=1e30, warmup_ratio=0.0), tmp_path / "work")
+        train(spec, replace(OPTIONS, learning_rate=1e30, warmup_ratio=0.0), tmp_path / "work")
 
 
 @pytest.mark.usefixtures("ray_cluster")
 class TestRayTrain:
     def test_two_workers_take_the_steps_of_one(self, tmp_path: Path) -> None:
-        from relevance_ray.training.ray_train import ray_runner
-
         spec = student_spec(tmp_path)
-        one = local_runner(spec, OPTIONS, tmp_path / "one")
+        one = train(spec, OPTIONS, tmp_path / "one")
         seen: list[dict[str, Any]] = []
-        two = ray_runner(num_workers=2)(spec, OPTIONS, tmp_path / "two", seen.append)
+        jobs = [
+            Job(spec, OPTIONS, tmp_path / "two", "first"),
+            Job(spec, OPTIONS, tmp_path / "second", keep_model=False),
+        ]
+        two, second = ray_runner(num_workers=2)(jobs, seen.append)
         np.testing.assert_allclose(losses_of(two), losses_of(one), rtol=1e-4)
         np.testing.assert_allclose(two.predictions(), one.predictions(), atol=1e-3)
-        assert seen[-1]["step"] == one.steps
-        assert ray_runner(num_workers=2)(spec, OPTIONS, tmp_path / "two") == two
+        np.testing.assert_allclose(losses_of(second), losses_of(two), rtol=1e-4)
+        assert not second.model_folder.exists()
+        assert [line["step"] for line in seen if line.get("part") == "first"][-1] == one.steps
+        assert [line["step"] for line in seen if "part" not in line][-1] == one.steps
+        assert train_on_two(spec, OPTIONS, tmp_path / "two") == two
         assert not (tmp_path / "two" / "ray").exists()
 
     def test_a_killed_worker_is_replaced_and_the_steps_stay_the_same(self, tmp_path: Path) -> None:
-        from relevance_ray.training.ray_train import ray_runner
-
         spec = student_spec(tmp_path)
-        undisturbed = local_runner(spec, OPTIONS, tmp_path / "undisturbed")
+        undisturbed = train(spec, OPTIONS, tmp_path / "undisturbed")
         cloudpickle.register_pickle_by_value(sys.modules[__name__])
         mortal = MortalSpec(spec, str(tmp_path / "died"), at_loss=5)
-        result = ray_runner(num_workers=2)(mortal, OPTIONS, tmp_path / "work")
+        result = train_on_two(mortal, OPTIONS, tmp_path / "work")
         assert (tmp_path / "died").exists()
         np.testing.assert_allclose(losses_of(result), losses_of(undisturbed), rtol=1e-4)
 
     def test_what_the_user_must_mend_reaches_the_driver_as_such(self, tmp_path: Path) -> None:
-        from relevance_ray.training.ray_train import ray_runner
-
         spec = replace(student_spec(tmp_path), train_files=[write(tmp_path / "none.parquet", labeled_groups(0))])
         with pytest.raises(UserError, match="no group with two labeled products"):
-            ray_runner(num_workers=2)(spec, OPTIONS, tmp_path / "work")
+            train_on_two(spec, OPTIONS, tmp_path / "work")
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""Several models stacked into one: softmax regression from their logits to the K classes.
+"""Several models stacked into one: a weighted sum of their logits, and an ordinal model from it to the K classes.
 
-A language model, a bi-encoder and BM25 err on different pairs, so a few dozen weights over their logits make a better
+A language model, a bi-encoder and BM25 err on different pairs, so a handful of weights over their logits make a better
 teacher than any of them. The weights must be fitted on out-of-fold logits: a member looks perfect on the pairs that it
-was trained on, and would get all the weight.
+was trained on, and would get all the weight. And they must be fitted within queries: a member's level differs from query
+to query (BM25's with the number of words), and weights fitted on pooled pairs pay for the level with the order.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize
-from scipy.special import log_softmax
+from scipy.special import expit, log_softmax
 
 from relevance_ray.calibration import OrdinalCalibration, logit_of_classes
 from relevance_ray.engines.base import FolderModel
@@ -26,18 +27,24 @@ from relevance_ray.schema import LabelScale
 _MEMBERS = "members"
 
 
-def fit_stack(features: np.ndarray, distributions: np.ndarray, l2: float = 1e-2) -> dict[str, Any]:
-    """Softmax regression on standardised member logits, against soft distributions.
+def fit_stack(features: np.ndarray, distributions: np.ndarray, groups: np.ndarray, l2: float = 1e-2) -> dict[str, Any]:
+    """The weights of the members and what their sum means, from soft grades; float64, convex, the same on every run.
 
-    Minimises the mean cross-entropy plus `l2 / 2 * sum(weights^2)` (bias free) in float64 by L-BFGS from zero: convex,
-    so the same on every run.
+    The model is the adjacent-category one with a level `u` of each query's own: `P(class k) ~ exp(k (z w + u) + b_k)`
+    for standardised logits z. Given that two products of a query have classes i and j in some order, the level cancels:
+    `P(first has i) = sigmoid((i - j)(z1 - z2) w)` (the conditional likelihood; Agresti, Categorical Data Analysis,
+    8.3 and 11.2). That gives w: the mean over queries of the mean over their pairs, plus `l2 / 2 * sum(w^2)`, with the
+    expected class in place of i and j. Then `slope` and `bias` of the classes, with w fixed and no levels, by
+    cross-entropy over all pairs.
 
     Args:
         features: [n, m] out-of-fold logits, finite.
         distributions: [n, K].
+        groups: int [n] the query of each pair. Where no query has two pairs of different grades, every member counts
+            alike.
 
     Returns:
-        Plain lists, for `relevance.json`: `mean` and `spread` [m], `weights` [m][K], `bias` [K].
+        Plain lists, for `relevance.json`: `mean`, `spread` and `weights` [m], `slope`, `bias` [K].
 
     Raises:
         ValueError: no rows, or features that are not finite.
@@ -45,35 +52,67 @@ def fit_stack(features: np.ndarray, distributions: np.ndarray, l2: float = 1e-2)
     x = np.asarray(features, dtype=np.float64)
     target = np.asarray(distributions, dtype=np.float64)
     assert x.ndim == 2, x.shape
-    assert len(x) == len(target), (x.shape, target.shape)
+    assert len(x) == len(target) == len(groups), (x.shape, target.shape, len(groups))
     if len(x) == 0 or not np.isfinite(x).all():
         raise ValueError(f"stacking needs at least one row and finite logits; got {len(x)} rows")
-    n, m, num_classes = len(x), x.shape[1], target.shape[1]
     mean, spread = x.mean(axis=0), np.maximum(x.std(axis=0), 1e-6)
     z = (x - mean) / spread
-
-    def objective(parameters: np.ndarray) -> tuple[float, np.ndarray]:
-        weights, bias = parameters[: m * num_classes].reshape(m, num_classes), parameters[m * num_classes :]
-        log_p = log_softmax(z @ weights + bias, axis=1)
-        residual = (np.exp(log_p) * target.sum(axis=1, keepdims=True) - target) / n
-        value = -(target * log_p).sum() / n + 0.5 * l2 * (weights**2).sum()
-        return value, np.concatenate([(z.T @ residual + l2 * weights).ravel(), residual.sum(axis=0)])
-
-    start = np.zeros((m + 1) * num_classes)
-    found = minimize(objective, start, jac=True, method="L-BFGS-B", options={"maxiter": 1000})
-    weights = found.x[: m * num_classes].reshape(m, num_classes)
+    classes = np.arange(target.shape[1])
+    weights = _within_query_weights(z, target @ classes, np.asarray(groups), l2)
+    slope, bias = _adjacent_categories(z @ weights, target)
     return {
         "mean": mean.tolist(),
         "spread": spread.tolist(),
         "weights": weights.tolist(),
-        "bias": found.x[m * num_classes :].tolist(),
+        "slope": slope,
+        "bias": bias.tolist(),
     }
+
+
+def _within_query_weights(z: np.ndarray, level: np.ndarray, groups: np.ndarray, l2: float) -> np.ndarray:
+    """[m] from standardised logits [n, m] and expected classes [n]."""
+    differences, shares = [], []
+    for group in np.unique(groups):
+        rows = np.flatnonzero(groups == group)
+        first, second = np.nonzero(level[rows][:, None] > level[rows][None, :] + 1e-9)
+        if len(first):
+            first, second = rows[first], rows[second]
+            differences.append((z[first] - z[second]) * (level[first] - level[second])[:, None])
+            shares.append(np.full(len(first), 1 / len(first)))
+    if not differences:
+        return np.ones(z.shape[1])
+    d, share = np.concatenate(differences), np.concatenate(shares) / len(differences)
+
+    def objective(weights: np.ndarray) -> tuple[float, np.ndarray]:
+        margin = d @ weights
+        value = share @ np.logaddexp(0, -margin) + 0.5 * l2 * (weights @ weights)
+        return float(value), l2 * weights - d.T @ (share * expit(-margin))
+
+    return np.asarray(minimize(objective, np.zeros(z.shape[1]), jac=True, method="L-BFGS-B").x)
+
+
+def _adjacent_categories(score: np.ndarray, target: np.ndarray) -> tuple[float, np.ndarray]:
+    """Slope and bias [K] that give the classes least cross-entropy; the bias of class 0 is 0."""
+    classes = np.arange(target.shape[1])
+
+    def objective(parameters: np.ndarray) -> tuple[float, np.ndarray]:
+        log_p = log_softmax(parameters[0] * score[:, None] * classes + np.append(0, parameters[1:]), axis=1)
+        residual = (np.exp(log_p) * target.sum(axis=1, keepdims=True) - target) / len(target)
+        return -(target * log_p).sum() / len(target), np.append(score @ residual @ classes, residual.sum(axis=0)[1:])
+
+    # A slope of 0 would forget the order that the weights found, as one below would turn it around.
+    bounds = [(1e-3, None), *[(None, None)] * (target.shape[1] - 1)]
+    start = np.append(1.0, np.zeros(target.shape[1] - 1))
+    found = minimize(objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 1000})
+    return float(found.x[0]), np.append(0, found.x[1:])
 
 
 def stack_logits(features: np.ndarray, stack: Mapping[str, Any]) -> np.ndarray:
     """Class logits float32 [n, K] of member logits [n, m]."""
     z = (np.asarray(features, dtype=np.float64) - np.asarray(stack["mean"])) / np.asarray(stack["spread"])
-    return (z @ np.asarray(stack["weights"]) + np.asarray(stack["bias"])).astype(np.float32)
+    score = stack["slope"] * (z @ np.asarray(stack["weights"]))
+    bias = np.asarray(stack["bias"])
+    return (score[:, None] * np.arange(len(bias)) + bias).astype(np.float32)
 
 
 class EnsembleModel(FolderModel):

@@ -80,7 +80,7 @@ class FitResult:
         metrics: dev metrics of the kept weights.
         pairs: pairs trained on, repeats counted.
         seconds: time spent in training steps, evaluation left out.
-        work_dir: holds `model/` (plain folder), `predictions.npy` and `log.jsonl`.
+        work_dir: holds `model/` (plain folder, where it was to be kept), `predictions.npy` and `log.jsonl`.
     """
 
     steps: int
@@ -111,7 +111,13 @@ def read_result(work_dir: Path) -> FitResult | None:
     return FitResult(**{**json.loads(path.read_text(encoding="utf-8")), "work_dir": str(work_dir)})
 
 
-def fit(task: Task, options: FitOptions, work_dir: Path, on_progress: OnProgress | None = None) -> FitResult:
+def fit(
+    task: Task,
+    options: FitOptions,
+    work_dir: Path,
+    on_progress: OnProgress | None = None,
+    keep_model: bool = True,
+) -> FitResult:
     """Train a task; called by every worker with the same arguments.
 
     Args:
@@ -120,6 +126,7 @@ def fit(task: Task, options: FitOptions, work_dir: Path, on_progress: OnProgress
         work_dir: where checkpoints, log and result go; one file system for all workers. A run killed at any moment
             continues from its last checkpoint when called again, and one that ended returns at once.
         on_progress: called on worker 0 with each line of the log.
+        keep_model: write the model, or only its predictions.
 
     Returns:
         The result; `work_dir/result.json` is written after everything else.
@@ -133,7 +140,7 @@ def fit(task: Task, options: FitOptions, work_dir: Path, on_progress: OnProgress
     work_dir.mkdir(parents=True, exist_ok=True)
     loop = _Loop(task, options, work_dir, on_progress)
     loop.run()
-    return loop.finish()
+    return loop.finish(keep_model)
 
 
 class _Loop:
@@ -170,8 +177,8 @@ class _Loop:
             if (step + 1) % self.options.checkpoint_every == 0 or last:
                 self._checkpoint()
 
-    def finish(self) -> FitResult:
-        """Put the best weights back, predict, and write model, predictions and result, in this order."""
+    def finish(self, keep_model: bool) -> FitResult:
+        """Put the best weights back, predict, and write model (if wanted), predictions and result, in this order."""
         weights = torch.load(self._best_file(), map_location="cpu", weights_only=True)
         checkpoint.load_trained_weights(self.model, weights)
         self.model.eval()
@@ -184,8 +191,9 @@ class _Loop:
             partial, final = self.work_dir / f".{MODEL_FOLDER}", self.work_dir / MODEL_FOLDER
             for folder in (partial, final):
                 shutil.rmtree(folder, ignore_errors=True)
-            self.task.save(partial)
-            partial.rename(final)
+            if keep_model:
+                self.task.save(partial)
+                partial.rename(final)
             np.save(self.work_dir / PREDICTIONS_FILE, predictions)
             _write_json(self.work_dir / RESULT_FILE, asdict(result))
             shutil.rmtree(self.checkpoints)

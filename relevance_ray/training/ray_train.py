@@ -13,8 +13,9 @@ import shutil
 import signal
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,8 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from relevance_ray.errors import UserError
-from relevance_ray.training.fit import LOG_FILE, FitResult, OnProgress, TaskSpec, read_result
-from relevance_ray.training.options import FitOptions
-from relevance_ray.training.runners import Runner, local_runner
+from relevance_ray.training.fit import LOG_FILE, FitResult, OnProgress, read_result
+from relevance_ray.training.runners import Job, Runner, local_runner
 
 MAX_FAILURES = 2
 _ERROR_FILE = "user_error.json"
@@ -43,19 +43,27 @@ def ray_runner(num_workers: int, cpus_per_worker: int = 1, use_gpu: bool = False
         name: what Ray calls the run.
     """
 
-    def run(spec: TaskSpec, options: FitOptions, work_dir: Path, on_progress: OnProgress | None = None) -> FitResult:
-        work_dir = work_dir.absolute()
-        finished = read_result(work_dir)
-        if finished is not None:
-            return finished
-        work_dir.mkdir(parents=True, exist_ok=True)
-        (work_dir / _ERROR_FILE).unlink(missing_ok=True)
+    def run(jobs: Sequence[Job], on_progress: OnProgress | None = None) -> list[FitResult]:
+        jobs = [replace(job, work_dir=job.work_dir.absolute()) for job in jobs]
+        open_jobs = [job for job in jobs if read_result(job.work_dir) is None]
+        if open_jobs:
+            _train(open_jobs, on_progress)
+        results = [result for job in jobs if (result := read_result(job.work_dir)) is not None]
+        if len(results) < len(jobs):
+            # Ray Train answers Ctrl-C by stopping its workers and returning as if nothing were missing.
+            raise KeyboardInterrupt
+        return results
+
+    def _train(jobs: list[Job], on_progress: OnProgress | None) -> None:
+        ray_dir = jobs[0].work_dir / "ray"
+        ray_dir.mkdir(parents=True, exist_ok=True)
+        error_file = ray_dir / _ERROR_FILE
+        error_file.unlink(missing_ok=True)
         trainer = TorchTrainer(
             _worker,
             train_loop_config={
-                "spec": spec,
-                "options": options,
-                "work_dir": str(work_dir),
+                "jobs": jobs,
+                "error_file": str(error_file),
                 "num_threads": cpus_per_worker,
                 "use_gpu": use_gpu,
             },
@@ -66,20 +74,16 @@ def ray_runner(num_workers: int, cpus_per_worker: int = 1, use_gpu: bool = False
             run_config=RunConfig(
                 # Ray's own state of a run must not be found again: what continues is our checkpoint.
                 name=f"{name}-{uuid.uuid4().hex[:8]}",
-                storage_path=str(work_dir / "ray"),
+                storage_path=str(ray_dir),
                 failure_config=FailureConfig(max_failures=MAX_FAILURES),
             ),
         )
-        with _interruptible(), _follow(work_dir / LOG_FILE, on_progress):
+        with _interruptible(), _follow(jobs, on_progress):
             trainer.fit()
-        if (work_dir / _ERROR_FILE).is_file():
-            raise UserError(json.loads((work_dir / _ERROR_FILE).read_text(encoding="utf-8"))["message"])
-        result = read_result(work_dir)
-        if result is None:
-            # Ray Train answers Ctrl-C by stopping its workers and returning as if nothing were missing.
-            raise KeyboardInterrupt
-        shutil.rmtree(work_dir / "ray", ignore_errors=True)
-        return result
+        if error_file.is_file():
+            raise UserError(json.loads(error_file.read_text(encoding="utf-8"))["message"])
+        if all(read_result(job.work_dir) is not None for job in jobs):
+            shutil.rmtree(ray_dir, ignore_errors=True)
 
     return run
 
@@ -90,13 +94,12 @@ def _worker(config: dict[str, Any]) -> None:
         torch.cuda.set_device(ray.train.torch.get_device())
     else:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that was not asked for is somebody else's
-    work_dir = Path(config["work_dir"])
     try:
-        local_runner(config["spec"], config["options"], work_dir)
+        local_runner(config["jobs"])
     except UserError as error:
         # The same data fails on every worker, and again on a restart: tell the driver instead of retrying.
         if ray.train.get_context().get_world_rank() == 0:
-            (work_dir / _ERROR_FILE).write_text(json.dumps({"message": str(error)}), encoding="utf-8")
+            Path(config["error_file"]).write_text(json.dumps({"message": str(error)}), encoding="utf-8")
 
 
 @contextmanager
@@ -114,26 +117,26 @@ def _interruptible() -> Iterator[None]:
 
 
 @contextmanager
-def _follow(log: Path, on_progress: OnProgress | None) -> Iterator[None]:
-    """Call `on_progress` with the newest line of the workers' log whenever there is a new one."""
+def _follow(jobs: Sequence[Job], on_progress: OnProgress | None) -> Iterator[None]:
+    """Call `on_progress` with the newest line of a job's log whenever there is a new one."""
     if on_progress is None:
         yield
         return
     stop = threading.Event()
-    start = log.stat().st_size if log.is_file() else 0
+    logs = [(job.work_dir / LOG_FILE, job.progress(on_progress)) for job in jobs]
+    seen = [_size(log) for log, _ in logs]
 
     def poll() -> None:
-        seen = start
         ended = False
         while not ended:
             ended = stop.wait(_POLL_SECONDS)
-            size = log.stat().st_size if log.is_file() else 0
-            if size == seen:
-                continue
-            seen = size
-            lines = log.read_bytes().split(b"\n")[:-1]
-            if lines:
-                on_progress(json.loads(lines[-1]))
+            for index, (log, show) in enumerate(logs):
+                if show is None or (size := _size(log)) == seen[index]:
+                    continue
+                seen[index] = size
+                lines = log.read_bytes().split(b"\n")[:-1]
+                if lines:
+                    show(json.loads(lines[-1]))
 
     thread = threading.Thread(target=poll, name="training-log", daemon=True)
     thread.start()
@@ -142,3 +145,7 @@ def _follow(log: Path, on_progress: OnProgress | None) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0

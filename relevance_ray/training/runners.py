@@ -1,7 +1,9 @@
-"""What runs a task: this process, or (in `ray_train.py`) a group of Ray Train workers. Both leave the same work folder."""
+"""What runs trainings: this process, or (`ray_train.py`) a group of Ray Train workers. Both leave the same work folders."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -10,19 +12,47 @@ from relevance_ray.training.fit import FitResult, OnProgress, TaskSpec, fit, rea
 from relevance_ray.training.options import FitOptions
 
 
+@dataclass(frozen=True)
+class Job:
+    """One training.
+
+    Attributes:
+        spec: of the task.
+        options: the loop's.
+        work_dir: where the loop keeps checkpoints, log and result.
+        part: what it is of a larger whole ("member 0, fold 1 of 2"); stands in the lines that progress shows.
+        keep_model: whether the model is wanted afterwards, or only its predictions.
+    """
+
+    spec: TaskSpec
+    options: FitOptions
+    work_dir: Path
+    part: str = ""
+    keep_model: bool = True
+
+    def progress(self, on_progress: OnProgress | None) -> OnProgress | None:
+        """`on_progress` with this job's part in each line."""
+        if on_progress is None or not self.part:
+            return on_progress
+        return lambda record: on_progress({**record, "part": self.part})
+
+
 class Runner(Protocol):
-    """Trains the task of `spec` in `work_dir`; a killed run is continued, an ended one returns at once."""
+    """Trains jobs one after the other, with all workers in each; a killed run is continued, an ended job returns at once.
 
-    def __call__(
-        self, spec: TaskSpec, options: FitOptions, work_dir: Path, on_progress: OnProgress | None = None
-    ) -> FitResult: ...
+    Jobs are handed over together because workers take long to start: to import torch, and to find each other.
+    """
+
+    def __call__(self, jobs: Sequence[Job], on_progress: OnProgress | None = None) -> list[FitResult]: ...
 
 
-def local_runner(
-    spec: TaskSpec, options: FitOptions, work_dir: Path, on_progress: OnProgress | None = None
-) -> FitResult:
+def local_runner(jobs: Sequence[Job], on_progress: OnProgress | None = None) -> list[FitResult]:
     """Train in this process, which is one worker (or one of `torchrun`'s)."""
-    finished = distributed.broadcast_object(read_result(work_dir))
-    if finished is not None:
-        return finished
-    return fit(spec.build(distributed.rank(), distributed.world_size()), options, work_dir, on_progress)
+    results = []
+    for job in jobs:
+        result = distributed.broadcast_object(read_result(job.work_dir))
+        if result is None:
+            task = job.spec.build(distributed.rank(), distributed.world_size())
+            result = fit(task, job.options, job.work_dir, job.progress(on_progress), job.keep_model)
+        results.append(result)
+    return results

@@ -17,7 +17,7 @@ from relevance_ray.student.cross_encoder import build_cross_encoder
 from relevance_ray.training.finish import calibrate, check_dev_queries, finished_summary, publish_fit
 from relevance_ray.training.fit import OnProgress
 from relevance_ray.training.options import StudentOptions
-from relevance_ray.training.runners import Runner, local_runner
+from relevance_ray.training.runners import Job, Runner, local_runner
 from relevance_ray.training.tasks import StudentTaskSpec
 
 
@@ -66,7 +66,7 @@ def train_student(
         seed=options.fit.seed,
         max_groups=max_groups,
     )
-    result = runner(spec, options.fit, work_dir / "fit", on_progress)
+    [result] = runner([Job(spec, options.fit, work_dir / "fit")], on_progress)
     calibration = calibrate(logit_of_classes(result.predictions(), SINGLE_LOGIT_GAINS), judged_file, scale)
     labels = "human judgments" if train_files is None else "teacher"
     return publish_fit(result, start, out_dir, calibration, labels)

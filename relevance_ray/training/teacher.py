@@ -7,7 +7,7 @@ each fold, to predict it, and once on everything, to be used. That is the price 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,9 @@ from relevance_ray.student.collate import flatten_groups, grade_distributions, r
 from relevance_ray.teacher.classifier import build_classifier
 from relevance_ray.teacher.options import ClassifierOptions
 from relevance_ray.training.finish import calibrate, check_dev_queries, finished_summary, publish_fit
-from relevance_ray.training.fit import OnProgress
+from relevance_ray.training.fit import FitResult, OnProgress
 from relevance_ray.training.options import TeacherMemberOptions, TeacherOptions
-from relevance_ray.training.runners import Runner, local_runner
+from relevance_ray.training.runners import Job, Runner, local_runner
 from relevance_ray.training.tasks import TeacherTaskSpec, query_folds
 
 Products = Callable[[], Iterable[pa.Table]]
@@ -91,17 +91,22 @@ class _Trainer:
         self.scale, self.judged_file, self.products = scale, judged_file, products
         self.runner, self.on_progress, self.label_smoothing = runner, on_progress, label_smoothing
 
-    def classifier(self, member: TeacherMemberOptions, out_dir: Path, work_dir: Path, part: str = "") -> dict[str, Any]:
+    def classifier(self, member: TeacherMemberOptions, out_dir: Path, work_dir: Path) -> dict[str, Any]:
         """Train one classifier on all train judgments and calibrate it."""
-        if (summary := finished_summary(out_dir)) is not None:
-            return summary
+        [result] = self.runner([self._full_job(member, work_dir)], self.on_progress)
+        return self._publish_classifier(member, result, out_dir, work_dir)
+
+    def _full_job(self, member: TeacherMemberOptions, work_dir: Path, part: str = "") -> Job:
         start = work_dir / "start"
         build_classifier(member, self.scale, start, member.fit.seed)
-        spec = self._spec(member, start)
-        result = self.runner(spec, member.fit, work_dir / "fit", self._progress(part))
+        return Job(self._spec(member, start), member.fit, work_dir / "fit", part)
+
+    def _publish_classifier(
+        self, member: TeacherMemberOptions, result: FitResult, out_dir: Path, work_dir: Path
+    ) -> dict[str, Any]:
         logits = logit_of_classes(result.predictions(), self._gains(member))
         calibration = calibrate(logits, self.judged_file, self.scale)
-        return publish_fit(result, start, out_dir, calibration, labels="human judgments")
+        return publish_fit(result, work_dir / "start", out_dir, calibration, labels="human judgments")
 
     def untrained(self, options: TeacherMemberOptions, kind: str, out_dir: Path, work_dir: Path) -> dict[str, Any]:
         """A bi-encoder or BM25 as it is, calibrated."""
@@ -121,46 +126,65 @@ class _Trainer:
 
     def ensemble(self, options: TeacherOptions, out_dir: Path, work_dir: Path) -> dict[str, Any]:
         """Members, their out-of-fold logits, the stack, its calibration."""
-        folders, train_logits, dev_logits, summaries = [], [], [], []
-        for number, member in enumerate(options.members):
-            place = work_dir / f"member-{number}"
+        places = [work_dir / f"member-{number}" for number in range(len(options.members))]
+        judged = read_judged_split(self.judged_file, "train")
+        flat = flatten_groups(judged)
+        trained = self._train_members(options, places)
+        train_logits, dev_logits, summaries = [], [], []
+        for number, (member, place) in enumerate(zip(options.members, places, strict=True)):
             folder = place / "model"
             if member.kind == "classifier":
-                train_logits.append(self._out_of_fold(member, options.folds, place, f"member {number}"))
-                summaries.append(self.classifier(member, folder, place / "full", f"member {number}, all folds"))
+                *folds, full = trained[number]
+                fold_of_pair = query_folds(flat.queries, options.folds)
+                logits = np.full(len(flat.queries), np.nan, dtype=np.float32)
+                for fold, result in enumerate(folds):
+                    held_out = fold_of_pair == fold
+                    logits[held_out] = logit_of_classes(result.predictions()[held_out], self._gains(member))
+                train_logits.append(logits)
+                summary = finished_summary(folder) or self._publish_classifier(member, full, folder, place / "full")
+                summaries.append(summary)
             else:
                 summaries.append(self.untrained(member, member.kind, folder, place))
                 train_logits.append(self._logits(folder, "train"))
             dev_logits.append(self._logits(folder, "dev"))
-            folders.append(folder)
         features = np.stack(train_logits, axis=1)
-        target = grade_distributions(read_judged_split(self.judged_file, "train"), self.scale, self.label_smoothing)
+        target = grade_distributions(judged, self.scale, self.label_smoothing)
+        groups = np.repeat(np.arange(judged.num_rows), np.diff(flat.offsets))
         usable = np.isfinite(features).all(axis=1)
-        stack = fit_stack(features[usable], target[usable], options.stack_l2)
+        stack = fit_stack(features[usable], target[usable], groups[usable], options.stack_l2)
         dev = logit_of_classes(stack_logits(np.stack(dev_logits, axis=1), stack), self.scale.gains)
         calibration = calibrate(dev, self.judged_file, self.scale)
         summary = {"labels": "human judgments", "kind": "ensemble", "folds": options.folds, "members": summaries}
         plain = work_dir / "plain"
         shutil.rmtree(plain, ignore_errors=True)
-        build_ensemble_folder(folders, stack, self.scale, plain)
+        build_ensemble_folder([place / "model" for place in places], stack, self.scale, plain)
         _publish(plain, out_dir, calibration, summary)
+        for place in places:  # the members lie in the ensemble's folder now
+            for left in (place / "model", place / "full" / "start"):
+                shutil.rmtree(left, ignore_errors=True)
         return summary
 
-    def _out_of_fold(self, member: TeacherMemberOptions, folds: int, place: Path, part: str) -> np.ndarray:
-        """Logits of all train pairs, float32 [n], each by a model that was trained without its query's fold."""
-        start = place / "start"
-        build_classifier(member, self.scale, start, member.fit.seed)
-        queries = flatten_groups(read_judged_split(self.judged_file, "train")).queries
-        fold_of_pair = query_folds(queries, folds)
-        out = np.full(len(queries), np.nan, dtype=np.float32)
-        for fold in range(folds):
-            spec = self._spec(member, start, folds, fold)
-            progress = self._progress(f"{part}, fold {fold + 1} of {folds}")
-            result = self.runner(spec, member.fit, place / f"fold-{fold}", progress)
-            shutil.rmtree(result.model_folder, ignore_errors=True)  # only its predictions are wanted
-            held_out = fold_of_pair == fold
-            out[held_out] = logit_of_classes(result.predictions()[held_out], self._gains(member))
-        return out
+    def _train_members(self, options: TeacherOptions, places: Sequence[Path]) -> dict[int, list[FitResult]]:
+        """Results of each classifier among the members: without fold 0, without fold 1, ..., and on everything."""
+        jobs: dict[int, list[Job]] = {}
+        for number, (member, place) in enumerate(zip(options.members, places, strict=True)):
+            if member.kind != "classifier":
+                continue
+            whole = self._full_job(member, place / "full", f"member {number}, all folds")
+            start = place / "full" / "start"
+            without = [
+                Job(
+                    self._spec(member, start, options.folds, fold),
+                    member.fit,
+                    place / f"fold-{fold}",
+                    f"member {number}, fold {fold + 1} of {options.folds}",
+                    keep_model=False,
+                )
+                for fold in range(options.folds)
+            ]
+            jobs[number] = [*without, whole]
+        results = iter(self.runner([job for member_jobs in jobs.values() for job in member_jobs], self.on_progress))
+        return {number: [next(results) for _ in member_jobs] for number, member_jobs in jobs.items()}
 
     def _spec(
         self, member: TeacherMemberOptions, start: Path, folds: int = 1, held_out: int | None = None
@@ -183,12 +207,6 @@ class _Trainer:
         model = load_pair_model(folder)
         flat = flatten_groups(read_judged_split(self.judged_file, split))
         return logit_of_classes(model.label_rows(flat.queries, flat.products).class_logits, model.gains)
-
-    def _progress(self, part: str) -> OnProgress | None:
-        on_progress = self.on_progress
-        if on_progress is None or not part:
-            return on_progress
-        return lambda record: on_progress({**record, "part": part})
 
 
 def _publish(plain: Path, out_dir: Path, calibration: OrdinalCalibration, summary: dict[str, Any]) -> None:
