@@ -117,17 +117,18 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to bind.")] = 8000,
 ) -> None:
     """Serve a student over HTTP until Ctrl-C."""
-    from pathlib import Path
-
     from relevance_ray.serving.app import serve_model
     from relevance_ray.serving.options import ServeOptions
+    from relevance_ray.storage import localize
 
-    folder, options = Path(target), ServeOptions()
+    options = ServeOptions()
     if target.endswith((".yaml", ".yml")):
         from relevance_ray.steps import Chain
 
         config = _load(target, set_)
         folder, options = Chain(config).student(), config.serve
+    else:
+        folder = localize(target)
     serve_model(folder, host, port, options)
 
 
@@ -145,10 +146,11 @@ def score(
 
     from relevance_ray.progress import Progress
     from relevance_ray.scoring import score_file
+    from relevance_ray.storage import localize
 
     with Progress("score", unit="rows") as progress:
         summary = score_file(
-            Path(model),
+            localize(model),
             Path(input_),
             Path(output),
             on_progress=lambda done, failed: progress.update(done, failures=failed),

@@ -174,4 +174,7 @@ def describe(kind: Any = Config, prefix: str = "") -> list[tuple[str, str, str]]
             "" if default is dataclasses.MISSING else yaml.safe_dump(default, default_flow_style=True).split("\n")[0]
         )
         rows.append((prefix + field.name, shown, field.metadata["description"]))
+        for item in typing.get_args(hints[field.name]):
+            if dataclasses.is_dataclass(item):
+                rows += describe(item, f"{prefix}{field.name}[].")
     return rows

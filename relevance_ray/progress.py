@@ -79,7 +79,7 @@ class Progress:
         seconds = self._last - self._start
         rate = (self.done - self._already_done) / seconds if seconds > 0 else 0.0
         left = (self.total - self.done) / rate if self.total and rate > 0 else None
-        line = self._line(seconds, rate, None if final else left)
+        line = self._line(seconds, rate, left, final)
         if self._stream.isatty():
             self._stream.write("\r" + line.ljust(self._width) + ("\n" if final else ""))
             self._width = len(line)
@@ -101,13 +101,16 @@ class Progress:
             self._log.write(json.dumps(record) + "\n")
             self._log.flush()
 
-    def _line(self, seconds: float, rate: float, left: float | None) -> str:
+    def _line(self, seconds: float, rate: float, left: float | None, final: bool) -> str:
         of = f" of {self.total:,}" if self.total else ""
         parts = [f"{self.description}: {self.done:,}{of} {self.unit}", f"{rate:,.1f}/s"]
         if self.failures:
             parts.append(f"{self.failures:,} failed")
         parts += [f"{key} {_short(value)}" for key, value in self.extra.items()]
-        parts.append(f"{_clock(left)} left" if left is not None else f"took {_clock(seconds)}")
+        if final:
+            parts.append(f"took {_clock(seconds)}")
+        elif left is not None:
+            parts.append(f"{_clock(left)} left")
         return ", ".join(parts)
 
 

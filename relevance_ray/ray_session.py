@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
 
 from relevance_ray.errors import UserError
@@ -26,6 +27,14 @@ def check_resources(count: int, cpus: float, gpus: float, key: str) -> None:
             )
 
 
+_local = threading.Event()
+
+
+def in_local_session() -> bool:
+    """Whether Ray is one that a `ray_session` of this process started, and will stop with all that runs in it."""
+    return _local.is_set()
+
+
 @contextlib.contextmanager
 def ray_session(num_cpus: int | None = None) -> Iterator[None]:
     """Ray for the length of the block; one that is already there is used and left as it is.
@@ -43,7 +52,9 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
     else:
         cpus = num_cpus or max(4, os.cpu_count() or 1)
         ray.init(num_cpus=cpus, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+        _local.set()
     try:
         yield
     finally:
+        _local.clear()
         ray.shutdown()

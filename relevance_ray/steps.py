@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from relevance_ray.config import Config
+from relevance_ray.errors import UserError
 from relevance_ray.models import resolve_model
 from relevance_ray.options import semantic
 from relevance_ray.progress import Progress
@@ -24,6 +25,7 @@ from relevance_ray.storage import (
     CommitLog,
     Lease,
     cache_folder,
+    check_reachable,
     exists,
     fingerprint,
     is_remote,
@@ -92,8 +94,16 @@ class Chain:
         return localize(join(outcome.folders["train-student"], "model"))
 
     def _preflight(self, steps: tuple[str, ...]) -> None:
-        """Refuse what can be known to fail before hours are spent: a model name that does not resolve."""
+        """Refuse what can be known to fail before hours are spent: a model name that does not resolve, a root that
+        cannot be reached, or one among the data that a step's fingerprint is of."""
         config = self.config
+        data = Path(config.data.path).resolve()
+        if config.data.path and not is_remote(self.at.root) and Path(self.at.root).resolve().is_relative_to(data):
+            raise UserError(
+                f"storage.root {config.storage.root} lies within data.path {config.data.path}, so each run would change "
+                "its own data; choose a folder elsewhere"
+            )
+        check_reachable(self.at.root)
         names = [config.student.model] if "train-student" in steps else []
         if "train-teacher" in steps:
             members = config.teacher.members if config.teacher.kind == "ensemble" else [config.teacher]
@@ -222,7 +232,8 @@ class Chain:
         shards = self.at.shards()
         model = join(self.at.folder("train-teacher"), "model") if self.at.trains_teacher else None
         resources = self.config.resources
-        factory = partial(open_engine, self.config.label, model, read_scale(self._prepared()))
+        scale, smoothing = read_scale(self._prepared()), self.config.data.label_smoothing
+        factory = partial(open_engine, self.config.label, model, scale, smoothing)
         if model is None:
             factory()  # out of an actor, what the user must mend in a file of labels would be no `UserError` any more
         actors, cpus, gpus = resources.label_actors, resources.cpus_per_label_actor, resources.gpus_per_label_actor
@@ -324,7 +335,9 @@ class Chain:
     def _about(self) -> dict[str, str]:
         config = self.config
         teacher = config.teacher
-        members = ", ".join(f"{member.kind} {member.model}" for member in teacher.members)
+        members = ", ".join(
+            member.kind if member.kind == "bm25" else f"{member.kind} {member.model}" for member in teacher.members
+        )
         labels = read_json(join(self.at.folder("label"), "step.json"))["summary"]
         return {
             "data": f"{config.data.format} {config.data.path or config.data.market_size}",

@@ -24,6 +24,7 @@ from typing import Any
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+from botocore.exceptions import BotoCoreError
 
 from relevance_ray.errors import UserError
 
@@ -55,6 +56,22 @@ def join(root: str, *parts: str) -> str:
 def exists(path: str) -> bool:
     fs, inner = _open_fs(path)
     return bool(fs.exists(inner))
+
+
+def check_reachable(path: str) -> None:
+    """Raise `UserError` where a bucket is not there, or not for us; nothing is asked of a local path."""
+    if not is_remote(path):
+        return
+    fs, inner = _open_fs(path)
+    bucket = inner.strip("/").split("/", 1)[0]
+    try:
+        fs.ls(bucket, detail=False)
+    except (OSError, BotoCoreError) as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"cannot reach {path} ({why}); make the bucket, or mend the endpoint and credentials in the environment "
+            "(AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
+        ) from error
 
 
 def listdir(path: str) -> list[str]:
@@ -153,6 +170,9 @@ def localize(path: str) -> Path:
     """A file or folder as a local path: itself where it is local, else a copy in the cache, kept by what it holds."""
     if not is_remote(path):
         return Path(path.removeprefix("file://"))
+    check_reachable(path)
+    if not exists(path):
+        raise UserError(f"there is nothing at {path}; give a folder or file that is there")
     target = cache_folder() / "mirror" / fingerprint(path, content_id(path)) / path.rstrip("/").rsplit("/", 1)[-1]
     if not target.exists():
         fs, inner = _open_fs(path)

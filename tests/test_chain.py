@@ -17,6 +17,7 @@ from tiny_training import COLORS, THINGS, agreement, build_tiny_encoder
 
 from relevance_ray import storage
 from relevance_ray.config import build_config
+from relevance_ray.errors import UserError
 from relevance_ray.step_folders import STEPS, StepFolders
 from relevance_ray.steps import Chain
 from relevance_ray.storage import CommitLog
@@ -245,3 +246,11 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(tmp_path: Path, enco
 def test_without_a_teacher_to_train_there_is_no_such_step(tmp_path: Path, encoder: Path) -> None:
     config = {**values(tmp_path, encoder), "label": {"engine": "oracle"}}
     assert "train-teacher" not in StepFolders(build_config(config)).steps
+
+
+def test_a_root_among_the_data_is_refused(tmp_path: Path, encoder: Path) -> None:
+    data = {"format": "esci", "path": str(tmp_path)}
+    config = build_config({**values(tmp_path / "root", encoder), "data": data})
+    with pytest.raises(UserError, match=r"storage\.root .* lies within data\.path"):
+        Chain(config).run()
+    assert not (tmp_path / "root").exists()

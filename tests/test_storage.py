@@ -136,3 +136,24 @@ def test_a_dead_heartbeat_is_taken_over_on_s3(s3_server: None, monkeypatch: pyte
 def test_an_unknown_kind_of_path_is_the_users_to_mend() -> None:
     with pytest.raises(UserError, match="nosuch://x.*local folder or s3://"):
         storage.exists("nosuch://x")
+
+
+def test_what_is_not_there_on_s3_is_told_in_one_sentence(s3_server: None) -> None:
+    storage.check_reachable("s3://bucket/not/yet")
+    with pytest.raises(UserError, match="cannot reach s3://no-such-bucket/run .*make the bucket"):
+        storage.check_reachable("s3://no-such-bucket/run")
+    with pytest.raises(UserError, match="nothing at s3://bucket/no/model"):
+        storage.localize("s3://bucket/no/model")
+
+
+def test_an_endpoint_that_does_not_answer_is_told_in_one_sentence(
+    s3_server: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import s3fs
+
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(UserError, match="cannot reach s3://bucket/run .*AWS_ENDPOINT_URL"):
+        storage.check_reachable("s3://bucket/run")
+    s3fs.S3FileSystem.clear_instance_cache()

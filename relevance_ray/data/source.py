@@ -95,6 +95,10 @@ class DataOptions:
     def __post_init__(self) -> None:
         if self.format == "market" and not 1 <= self.market_size <= 1_000_000_000:
             raise ValueError(f"market_size must be from 1 to 1000000000; it is {self.market_size}")
+        if self.format != "market":
+            for name in ("market_size", "seed"):
+                if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                    raise ValueError(f"{name} is read for format market only; format is {self.format}")
         if self.format != "market" and not self.path and not (self.products and self.judgments):
             raise ValueError(f"path must name the folder that holds the {self.format} files; it is empty")
         if self.format == "generic" and self.scale is None:

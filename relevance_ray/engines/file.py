@@ -21,8 +21,6 @@ from relevance_ray.engines.base import SINGLE_LOGIT_GAINS, Labels, Pair, row_err
 from relevance_ray.errors import UserError
 from relevance_ray.schema import LabelScale, pair_id
 
-_LABEL_SMOOTHING = 0.1
-
 
 class FileEngine:
     """Looks pairs up by (query, product_id), the query in its normal form.
@@ -30,15 +28,16 @@ class FileEngine:
     Args:
         path: a Parquet, CSV (.csv, .tsv) or JSON-lines (.jsonl, .json) file with the columns `query`, `product_id` and
             `logit` or `grade` (a name on the scale, or a number between its grades). With both, `logit` is read.
-        scale: what the grades mean. A grade becomes the log of its distribution, smoothed by .1 to its neighbours.
+        scale: what the grades mean. A grade becomes the log of its distribution, smoothed to its neighbours.
+        label_smoothing: the mass that goes there.
 
     Raises:
         UserError: no such file, not of its kind, a missing column, an unknown grade or an empty cell (with its row),
             two different labels of one pair.
     """
 
-    def __init__(self, path: str | Path, scale: LabelScale) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, scale: LabelScale, label_smoothing: float = 0.1) -> None:
+        self.path, self.label_smoothing = Path(path), label_smoothing
         table = _read(self.path)
         columns = set(table.column_names)
         has_logit = "logit" in columns
@@ -99,7 +98,7 @@ class FileEngine:
         distributions = []
         for grade, row in zip(values.tolist(), first_row, strict=True):
             try:
-                distributions.append(scale.distribution(grade, label_smoothing=_LABEL_SMOOTHING))
+                distributions.append(scale.distribution(grade, label_smoothing=self.label_smoothing))
             except UserError as error:
                 raise UserError(f"{self.path} row {row + 1}: {error}; mend the grade or set data.scale") from error
         return index, class_logits_of_distribution(np.stack(distributions))

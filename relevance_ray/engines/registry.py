@@ -56,12 +56,15 @@ def load_pair_model(
     return SequenceModel(folder, device, max_batch_tokens)
 
 
-def open_engine(options: EngineOptions, model: str | Path | None, scale: LabelScale) -> Engine:
+def open_engine(
+    options: EngineOptions, model: str | Path | None, scale: LabelScale, label_smoothing: float = 0.1
+) -> Engine:
     """The engine that the options name.
 
     Args:
         model: the teacher's folder, local or s3://, for `transformers`.
         scale: the grades of `file` and `oracle`.
+        label_smoothing: mass of a grade of `file` that leaks to its neighbours.
 
     Raises:
         UserError: `transformers` without a teacher, or what the engine itself refuses.
@@ -69,7 +72,7 @@ def open_engine(options: EngineOptions, model: str | Path | None, scale: LabelSc
     if options.engine == "file":
         from relevance_ray.engines.file import FileEngine
 
-        return FileEngine(options.path, scale)
+        return FileEngine(options.path, scale, label_smoothing)
     if options.engine == "oracle":
         from relevance_ray.engines.oracle import OracleEngine
 

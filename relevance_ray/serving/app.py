@@ -17,12 +17,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import ray
 from fastapi import FastAPI
 from ray import serve
 
 from relevance_ray.errors import UserError
-from relevance_ray.ray_session import ray_session
+from relevance_ray.ray_session import in_local_session, ray_session
 from relevance_ray.serving.http import create_app
 from relevance_ray.serving.options import ServeOptions
 from relevance_ray.serving.scorer import Scorer, StrPath, read_calibrated_info
@@ -68,7 +67,6 @@ def running_server(
     model_folder = Path(model_folder)
     read_calibrated_info(model_folder)
     port = _free_port(host, port)
-    started_ray = not ray.is_initialized()
     with contextlib.ExitStack() as cleanup:  # undone from the last line up
         handlers = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
         cleanup.callback(_handle_signals, handlers)
@@ -76,7 +74,7 @@ def running_server(
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         quiet = {"log_level": "WARNING", "enable_access_log": False}
         serve.start(http_options={"host": host, "port": port}, logging_config=quiet)
-        cleanup.callback(_stop_serve, started_ray)
+        cleanup.callback(_stop_serve)
         # A second, impatient Ctrl-C must not cut the shutdown short: it would leave Ray's processes behind.
         cleanup.callback(_handle_signals, dict.fromkeys(_STOP_SIGNALS, signal.SIG_IGN))
         application = build_application(model_folder, options)
@@ -109,8 +107,8 @@ def _handle_signals(handlers: Mapping[signal.Signals, Any]) -> None:
             signal.signal(number, handler)
 
 
-def _stop_serve(started_ray: bool) -> None:
-    if started_ray:
+def _stop_serve() -> None:
+    if in_local_session():
         serve.delete(APPLICATION)  # lets requests in flight end; the rest of Serve goes with its Ray
     else:
         serve.shutdown()

@@ -137,5 +137,9 @@ class TeacherOptions(TeacherMemberOptions):
             raise ValueError(f"folds {self.folds} must be at least 2")
         if self.stack_l2 < 0:
             raise ValueError(f"stack_l2 {self.stack_l2} must not be negative")
+        if self.kind != "ensemble":
+            for name in ("folds", "stack_l2"):
+                if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                    raise ValueError(f"{name} is read by kind ensemble only; leave it out")
         if (self.kind == "ensemble") != bool(self.members):
             raise ValueError("`members` belongs to kind ensemble, which needs at least one")
