@@ -35,6 +35,8 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override one key, e.g. generate.num_pairs=20000."),
 ]
 
+Root = Annotated[str, typer.Argument(metavar="ROOT", help="The storage.root of a run.")]
+
 
 def _load(path: str, overrides: list[str] | None) -> Config:
     from relevance_ray.config import load_config
@@ -53,12 +55,17 @@ def _run_chain(config: Config, until: str | None) -> None:
 
 
 def _report_failures(outcome: Outcome) -> None:
+    said = []
     if outcome.failed_rows:
-        typer.echo(
-            f"{outcome.failed_rows} rows could not be labeled; their `error` in {outcome.folders['label']}/data says why, "
-            "and training leaves them out",
-            err=True,
-        )
+        where = f"{outcome.folders['label']}/data"
+        said.append(f"{outcome.failed_rows:,} rows could not be labeled; their `error` in {where} says why")
+    if outcome.failed_shards:
+        named = list(outcome.summaries["label"]["set_aside"].items())
+        shown = "; ".join(f"{shard}: {why}" for shard, why in named[:3])
+        said.append(f"{len(named):,} shards were set aside ({shown}{'; ...' if len(named) > 3 else ''})")
+    if said:
+        root = outcome.folders["label"].rsplit("/", 1)[0]
+        typer.echo(f"{'; '.join(said)}. Training leaves them out; relevance-ray retry-failed {root}", err=True)
         raise typer.Exit(EXIT_FAILED_ROWS)
 
 
@@ -94,6 +101,28 @@ _step_command("generate", "Generate pairs to label.")
 _step_command("label", "Label the pairs with the teacher.")
 _step_command("train-student", "Distill the student.")
 _step_command("evaluate", "Compare all models on held-out human judgments.")
+
+
+@app.command("retry-failed")
+def retry_failed(root: Root) -> None:
+    """Label again what failed at a root, and nothing else; run the configuration again to train on it."""
+    from relevance_ray.run_state import config_of
+    from relevance_ray.steps import Chain
+
+    outcome = Chain(config_of(root)).retry_failed()
+    typer.echo(f"labeled: {outcome.summaries['label']['pairs']:,} pairs")
+    _report_failures(outcome)
+
+
+@app.command()
+def status(root: Root) -> None:
+    """How far a run is, from outside."""
+    from relevance_ray.run_state import describe
+    from relevance_ray.storage import check_reachable
+
+    check_reachable(root)
+    for line in describe(root):
+        typer.echo(line)
 
 
 @app.command()

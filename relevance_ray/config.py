@@ -47,6 +47,11 @@ class ResourceOptions:
     train_workers: int = option(2, "Data-parallel training workers", operational=True)
     cpus_per_train_worker: int = option(1, "CPUs of one training worker", operational=True)
     train_on_gpu: bool = option(False, "Give each training worker a GPU", operational=True)
+    no_progress_minutes: float = option(
+        30,
+        "End labeling, to be resumed, after so long without a labeled shard (the first waits for the model); 0: never",
+        operational=True,
+    )
 
     def __post_init__(self) -> None:
         for name in (
@@ -58,8 +63,9 @@ class ResourceOptions:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
-        if self.gpus_per_label_actor < 0:
-            raise ValueError("gpus_per_label_actor must not be negative")
+        for name in ("gpus_per_label_actor", "no_progress_minutes"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative")
 
 
 @dataclasses.dataclass(frozen=True)

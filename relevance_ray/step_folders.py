@@ -75,7 +75,7 @@ class StepFolders:
             return [semantic(config.label), file, *meaning]
         if step == "train-student":
             records = CommitLog(self.folder("label")).committed()
-            labels = [records[shard.label_name]["checksum"] for shard in self.shards()]
+            labels = [records[name]["checksum"] for name in self.labeled_shards()]
             return [self.key("prepare"), semantic(config.student), labels]
         teacher = self.key("train-teacher") if self.trains_teacher else ""
         return [self.key("prepare"), self.key("train-student"), teacher, semantic(config.evaluate)]
@@ -123,6 +123,11 @@ class StepFolders:
             if step in wanted:
                 wanted.update(NEEDS[step])
         return tuple(step for step in self.steps if step in wanted)
+
+    def labeled_shards(self) -> list[str]:
+        """Names of the shards of this run that have labels: all but those set aside."""
+        records = CommitLog(self.folder("label")).committed()
+        return [shard.label_name for shard in self.shards() if shard.label_name in records]
 
     def _generated(self) -> dict[str, Any]:
         """What the generate step said of this run."""

@@ -16,14 +16,15 @@ from typing import Any
 
 from relevance_ray.config import Config
 from relevance_ray.errors import UserError
+from relevance_ray.lease import Lease
 from relevance_ray.models import resolve_model
 from relevance_ray.options import semantic
 from relevance_ray.progress import Progress
 from relevance_ray.ray_session import check_resources, ray_session
+from relevance_ray.run_state import begin_run, begin_step
 from relevance_ray.step_folders import VERSIONS, StepFolders
 from relevance_ray.storage import (
     CommitLog,
-    Lease,
     cache_folder,
     check_reachable,
     exists,
@@ -49,11 +50,17 @@ def print_at_once(line: str) -> None:
 
 @dataclass
 class Outcome:
-    """What a run of the chain left: each step's folder and summary, and how many rows failed."""
+    """What a run of the chain left: each step's folder and summary, and how many rows and whole shards failed."""
 
     folders: dict[str, str] = field(default_factory=dict)
     summaries: dict[str, dict[str, Any]] = field(default_factory=dict)
     failed_rows: int = 0
+    failed_shards: int = 0
+
+    def add(self, step: str, folder: str, summary: dict[str, Any]) -> None:
+        self.folders[step], self.summaries[step] = folder, summary
+        self.failed_rows += int(summary.get("errors", 0))
+        self.failed_shards += len(summary.get("set_aside", {}))
 
 
 class Chain:
@@ -73,20 +80,37 @@ class Chain:
         steps = self.at.until(until)
         self._preflight(steps)
         outcome = Outcome()
-        with Lease(self.at.root), contextlib.ExitStack() as stack:
-            self._stack = stack
+        with self._at_work():
+            begin_run(self.at.root, self.config)
             for step in steps:
                 folder = self.at.folder(step)
+                begin_step(self.at.root, step, folder)
                 if self.at.is_done(step):
                     summary = read_json(join(folder, "step.json"))["summary"]
                     self.say(f"{step}: done already, skipped ({folder})")
                 else:
                     self.say(f"{step}: {'resuming' if listdir(folder) else 'running'} ({folder})")
                     summary = self._execute(step, folder)
-                outcome.folders[step], outcome.summaries[step] = folder, summary
-                outcome.failed_rows += int(summary.get("errors", 0))
+                outcome.add(step, folder, summary)
                 self._write_latest(outcome)
         return outcome
+
+    def retry_failed(self) -> Outcome:
+        """Label again what failed, and only that: the failed rows of labeled shards, and the shards set aside."""
+        outcome = Outcome()
+        folder = self.at.folder("label") if self.at.is_done("generate") else ""
+        if not folder or not listdir(folder):
+            raise UserError(f"nothing was labeled at {self.at.root} yet; run the configuration first")
+        with self._at_work():
+            outcome.add("label", folder, self._execute("label", folder, retry=True))
+        return outcome
+
+    @contextlib.contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """The lease on the root, and whatever steps open until the run ends."""
+        with Lease(self.at.root), contextlib.ExitStack() as stack:
+            self._stack = stack
+            yield
 
     def student(self) -> Path:
         """The student's model folder, as a local path; what it needs is run first."""
@@ -115,14 +139,14 @@ class Chain:
         for name in dict.fromkeys(names):
             resolve_model(name)
 
-    def _execute(self, step: str, folder: str) -> dict[str, Any]:
+    def _execute(self, step: str, folder: str, retry: bool = False) -> dict[str, Any]:
         makedirs(folder)
         started = time.monotonic()
         runners: dict[str, Callable[[str], dict[str, Any]]] = {
             "prepare": self._prepare,
             "train-teacher": self._train_teacher,
             "generate": self._generate,
-            "label": self._label,
+            "label": partial(self._label, retry=retry),
             "train-student": self._train_student,
             "evaluate": self._evaluate,
         }
@@ -224,7 +248,7 @@ class Chain:
                 progress=progress,
             )
 
-    def _label(self, folder: str) -> dict[str, Any]:
+    def _label(self, folder: str, retry: bool) -> dict[str, Any]:
         from relevance_ray.data.prepare import read_scale
         from relevance_ray.engines.registry import open_engine
         from relevance_ray.labeling.pipeline import label
@@ -248,6 +272,8 @@ class Chain:
                 num_cpus=resources.cpus_per_label_actor,
                 num_gpus=resources.gpus_per_label_actor,
                 progress=progress,
+                retry=retry,
+                no_progress_seconds=60 * resources.no_progress_minutes,
             )
         if summary["skipped"]:
             self.say(f"label: {summary['skipped']} of {summary['shards']} shards were labeled before and were skipped")
@@ -255,7 +281,7 @@ class Chain:
 
     def _train_student(self, folder: str) -> dict[str, Any]:
         log = CommitLog(self.at.folder("label"))
-        files = [log.path(shard.label_name) for shard in self.at.shards()]
+        files = [log.path(name) for name in self.at.labeled_shards()]
         work = self._work("train-student", folder)
         return self._fit_student(self.config.student, folder, files, work, "train-student")
 

@@ -1,4 +1,4 @@
-"""Local and S3 paths, commits, fingerprints, and the lease on a root.
+"""Local and S3 paths, commits and fingerprints.
 
 Every path is a string, local or `s3://...`, and goes through fsspec; S3 credentials and endpoint come from the
 environment alone. The trade-off: whole small objects and no appends, so that one primitive, the exclusive create of a
@@ -8,14 +8,10 @@ whole file (a hard link on disk, `If-None-Match` on S3), carries exactly-once. R
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import json
 import os
-import socket
-import threading
-import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,9 +23,6 @@ import pyarrow.parquet as pq
 from botocore.exceptions import BotoCoreError
 
 from relevance_ray.errors import UserError
-
-LEASE_SECONDS = 90.0
-"""A lease on S3 whose heartbeat is older than this belongs to a dead driver."""
 
 
 def is_remote(path: str) -> bool:
@@ -265,6 +258,24 @@ class CommitLog:
 
     def commit(self, shard: str, table: pa.Table, fingerprint: str, extra: Mapping[str, Any] | None = None) -> bool:
         """Write a shard and commit it. False where another attempt had committed it first (ours becomes an orphan)."""
+        name, data, record = self._write(shard, table, fingerprint, extra)
+        if not create_exclusive(self._commit_file(shard), json.dumps(record).encode()):
+            return False
+        if not exists(join(self.folder, "data", name)):
+            # A new driver took this actor for dead and swept the file between the two writes.
+            write_bytes(join(self.folder, "data", name), data)
+        return True
+
+    def replace(self, shard: str, table: pa.Table, fingerprint: str, extra: Mapping[str, Any] | None = None) -> None:
+        """Commit a shard in place of what stands there: a reader sees the old one or the new. Only under the lease."""
+        _, _, record = self._write(shard, table, fingerprint, extra)
+        write_bytes(self._commit_file(shard), json.dumps(record).encode())
+        self._records.pop(shard, None)
+
+    def _write(
+        self, shard: str, table: pa.Table, fingerprint: str, extra: Mapping[str, Any] | None
+    ) -> tuple[str, bytes, dict[str, Any]]:
+        """Write a data file; its name, its bytes, and the record that would commit it."""
         data = table_bytes(table)
         name = f"{shard}-{uuid.uuid4().hex[:12]}.parquet"
         write_bytes(join(self.folder, "data", name), data)
@@ -275,12 +286,10 @@ class CommitLog:
             "fingerprint": fingerprint,
             **(extra or {}),
         }
-        if not create_exclusive(join(self.folder, "commits", f"{shard}.json"), json.dumps(record).encode()):
-            return False
-        if not exists(join(self.folder, "data", name)):
-            # A new driver took this actor for dead and swept the file between the two writes.
-            write_bytes(join(self.folder, "data", name), data)
-        return True
+        return name, data, record
+
+    def _commit_file(self, shard: str) -> str:
+        return join(self.folder, "commits", f"{shard}.json")
 
     def path(self, shard: str) -> str:
         """The data file of a committed shard."""
@@ -296,7 +305,7 @@ class CommitLog:
 
     def drop(self, shard: str) -> None:
         """Take a commit back, so that its shard is done again."""
-        remove_tree(join(self.folder, "commits", f"{shard}.json"))
+        remove_tree(self._commit_file(shard))
         self._records.pop(shard, None)
 
     def sweep(self) -> int:
@@ -306,76 +315,3 @@ class CommitLog:
         for name in orphans:
             remove_tree(join(self.folder, "data", name))
         return len(orphans)
-
-
-# The lease
-
-
-class Lease:
-    """One driver at a time on a root. On disk the kernel's file lock, which dies with its process; on S3 an object with
-    a heartbeat, taken over once that is older than `LEASE_SECONDS`."""
-
-    def __init__(self, root: str) -> None:
-        self.root = root
-        self.path = join(root, "lease.json")
-        self._owner = {"host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex}
-        self._file: Any = None
-        self._stop = threading.Event()
-        self._heartbeat = threading.Thread(target=self._beat, name="lease", daemon=True)
-
-    def __enter__(self) -> Lease:
-        if is_remote(self.root):
-            self._acquire_remote()
-        else:
-            self._acquire_local()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        if self._file is not None:
-            self._file.close()
-            return
-        self._heartbeat.join()
-        if exists(self.path) and read_json(self.path)["token"] == self._owner["token"]:
-            remove_tree(self.path)
-
-    def _refuse(self, holder: Mapping[str, Any]) -> UserError:
-        who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
-        return UserError(
-            f"storage.root {self.root} is in use by {who}; wait for it or stop it, or choose another storage.root"
-        )
-
-    def _acquire_local(self) -> None:
-        path = self.path.removeprefix("file://")
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        self._file = open(path, "a+")  # noqa: SIM115 (held until the lease ends)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.seek(0)
-            text = self._file.read()
-            self._file.close()
-            raise self._refuse(json.loads(text) if text else {}) from None
-        self._file.truncate(0)
-        self._file.write(json.dumps(self._owner))
-        self._file.flush()
-
-    def _acquire_remote(self) -> None:
-        if not create_exclusive(self.path, self._stamp()):
-            holder = read_json(self.path)
-            if time.time() - holder["heartbeat"] < LEASE_SECONDS:
-                raise self._refuse(holder)
-            # Two that take over at once: the later write wins, and the loser sees it after a moment.
-            write_bytes(self.path, self._stamp())
-            time.sleep(1.0)
-            holder = read_json(self.path)
-            if holder["token"] != self._owner["token"]:
-                raise self._refuse(holder)
-        self._heartbeat.start()
-
-    def _stamp(self) -> bytes:
-        return json.dumps({**self._owner, "heartbeat": time.time()}).encode()
-
-    def _beat(self) -> None:
-        while not self._stop.wait(LEASE_SECONDS / 4):
-            write_bytes(self.path, self._stamp())

@@ -254,3 +254,38 @@ def test_a_root_among_the_data_is_refused(tmp_path: Path, encoder: Path) -> None
     with pytest.raises(UserError, match=r"storage\.root .* lies within data\.path"):
         Chain(config).run()
     assert not (tmp_path / "root").exists()
+
+
+def test_what_failed_is_told_by_status_and_retried_alone(tmp_path: Path, encoder: Path) -> None:
+    root = tmp_path / "root"
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump({**values(root, encoder), "label": {"engine": "oracle"}}))
+    assert cli("generate", str(config)).returncode == 0
+    chain = Chain(build_config(yaml.safe_load(config.read_text())))
+    given_up, *others = chain.at.shards()
+    failed = Path(chain.at.folder("label"), "failed", f"{given_up.label_name}.json")
+    storage.write_json(str(failed), {"error": "RuntimeError: out of memory", "attempts": 3})
+
+    first = cli("label", str(config))
+    assert first.returncode == 3, first.stderr
+    assert f"1 shards were set aside ({given_up.label_name}: RuntimeError: out of memory)" in first.stderr
+    assert f"relevance-ray retry-failed {root}" in first.stderr
+    shown = cli("status", str(root))
+    assert shown.returncode == 0, shown.stderr
+    label_line = next(line for line in shown.stdout.splitlines() if line.startswith("label"))
+    assert f"{len(others)} shards" in label_line
+    assert "1 shards set aside" in label_line
+    assert "no driver is at work" in shown.stdout
+
+    again = cli("retry-failed", str(root), cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert not failed.exists()
+    assert len(chain.at.labeled_shards()) == len(others) + 1
+    assert cli("label", str(config)).returncode == 0
+
+
+def test_status_of_what_was_never_run_is_refused(tmp_path: Path) -> None:
+    for command in ("status", "retry-failed"):
+        done = cli(command, str(tmp_path))
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert "nothing was run there" in done.stderr

@@ -13,7 +13,8 @@ import pytest
 
 from relevance_ray import storage
 from relevance_ray.errors import UserError
-from relevance_ray.storage import CommitLog, Lease, content_id, fingerprint, join
+from relevance_ray.lease import Lease, lease_holder
+from relevance_ray.storage import CommitLog, content_id, fingerprint, join
 
 
 @pytest.fixture(params=["disk", "s3"])
@@ -157,3 +158,12 @@ def test_an_endpoint_that_does_not_answer_is_told_in_one_sentence(
     with pytest.raises(UserError, match="cannot reach s3://bucket/run .*AWS_ENDPOINT_URL"):
         storage.check_reachable("s3://bucket/run")
     s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_who_holds_a_lease_is_known_from_outside(root: str) -> None:
+    assert lease_holder(root) is None
+    with Lease(root):
+        holder = lease_holder(root)
+        assert holder is not None
+        assert holder["pid"] == os.getpid()
+    assert lease_holder(root) is None

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from relevance_ray.calibration import logit_of_classes
-from relevance_ray.engines.base import Engine, Pair
+from relevance_ray.engines.base import Engine, Labels, Pair
 from relevance_ray.schema import LABELED_GROUP
 
 
@@ -26,11 +26,33 @@ def pairs_of(groups: pa.Table) -> list[Pair]:
 
 def label_groups(groups: pa.Table, engine: Engine) -> pa.Table:
     """GROUP table -> LABELED_GROUP table: per product the engine's class logits, their one logit, and its error."""
-    labels = engine.label(pairs_of(groups))
+    return _with_labels(groups, engine.label(pairs_of(groups)), engine.gains)
+
+
+def relabel_failed(labeled: pa.Table, engine: Engine) -> pa.Table:
+    """A LABELED_GROUP table with its failed rows labeled anew by the same engine, and all others as they were."""
+    flat = labeled.column("products").combine_chunks().flatten()
+    failed = np.flatnonzero(flat.field("error").is_valid().to_numpy(zero_copy_only=False))
+    pairs = pairs_of(labeled)
+    found = engine.label([pairs[row] for row in failed])
+    width = found.class_logits.shape[1]
+    class_logits = np.full((len(pairs), width), np.nan, dtype=np.float32)
+    kept = np.ones(len(pairs), dtype=bool)
+    kept[failed] = False
+    class_logits[kept] = flat.field("class_logits").drop_null().flatten().to_numpy().reshape(-1, width)
+    class_logits[failed] = found.class_logits
+    errors: list[str | None] = [None] * len(pairs)
+    rationales = flat.field("rationale").to_pylist()
+    for row, error, rationale in zip(failed, found.errors, found.rationales, strict=True):
+        errors[row], rationales[row] = error, rationale
+    return _with_labels(labeled, Labels(class_logits, errors, rationales), engine.gains)
+
+
+def _with_labels(groups: pa.Table, labels: Labels, gains: tuple[float, ...]) -> pa.Table:
     num_pairs = len(labels.errors)
     failed = np.array([error is not None for error in labels.errors], dtype=bool)
     logit = np.zeros(num_pairs, dtype=np.float32)
-    logit[~failed] = logit_of_classes(labels.class_logits[~failed], engine.gains)
+    logit[~failed] = logit_of_classes(labels.class_logits[~failed], gains)
     not_finite = ~failed & ~np.isfinite(logit)
     errors = list(labels.errors)
     for row in np.flatnonzero(not_finite):

@@ -1,0 +1,106 @@
+"""One driver at a time on a root, and who it is."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from relevance_ray.errors import UserError
+from relevance_ray.storage import create_exclusive, exists, is_remote, join, read_json, remove_tree, write_bytes
+
+LEASE_SECONDS = 90.0
+"""A lease on S3 whose heartbeat is older than this belongs to a dead driver."""
+
+
+def lease_holder(root: str) -> dict[str, Any] | None:
+    """Who holds the lease on a root now, or None."""
+    path = join(root, "lease.json")
+    if not exists(path):
+        return None
+    if is_remote(root):
+        holder = dict(read_json(path))
+        return holder if time.time() - holder["heartbeat"] < LEASE_SECONDS else None
+    with open(path.removeprefix("file://")) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            text = file.read()
+            return dict(json.loads(text)) if text else {}
+    return None
+
+
+class Lease:
+    """One driver at a time on a root. On disk the kernel's file lock, which dies with its process; on S3 an object with
+    a heartbeat, taken over once that is older than `LEASE_SECONDS`."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self.path = join(root, "lease.json")
+        self._owner = {"host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex}
+        self._file: Any = None
+        self._stop = threading.Event()
+        self._heartbeat = threading.Thread(target=self._beat, name="lease", daemon=True)
+
+    def __enter__(self) -> Lease:
+        if is_remote(self.root):
+            self._acquire_remote()
+        else:
+            self._acquire_local()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        if self._file is not None:
+            self._file.close()
+            return
+        self._heartbeat.join()
+        if exists(self.path) and read_json(self.path)["token"] == self._owner["token"]:
+            remove_tree(self.path)
+
+    def _refuse(self, holder: Mapping[str, Any]) -> UserError:
+        who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
+        return UserError(
+            f"storage.root {self.root} is in use by {who}; wait for it or stop it, or choose another storage.root"
+        )
+
+    def _acquire_local(self) -> None:
+        path = self.path.removeprefix("file://")
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        self._file = open(path, "a+")  # noqa: SIM115 (held until the lease ends)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            text = self._file.read()
+            self._file.close()
+            raise self._refuse(json.loads(text) if text else {}) from None
+        self._file.truncate(0)
+        self._file.write(json.dumps(self._owner))
+        self._file.flush()
+
+    def _acquire_remote(self) -> None:
+        if not create_exclusive(self.path, self._stamp()):
+            holder = read_json(self.path)
+            if time.time() - holder["heartbeat"] < LEASE_SECONDS:
+                raise self._refuse(holder)
+            # Two that take over at once: the later write wins, and the loser sees it after a moment.
+            write_bytes(self.path, self._stamp())
+            time.sleep(1.0)
+            holder = read_json(self.path)
+            if holder["token"] != self._owner["token"]:
+                raise self._refuse(holder)
+        self._heartbeat.start()
+
+    def _stamp(self) -> bytes:
+        return json.dumps({**self._owner, "heartbeat": time.time()}).encode()
+
+    def _beat(self) -> None:
+        while not self._stop.wait(LEASE_SECONDS / 4):
+            write_bytes(self.path, self._stamp())

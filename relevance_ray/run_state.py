@@ -1,0 +1,103 @@
+"""What a run writes down about itself, and what can be told of it from outside, while it runs or after it died.
+
+`run.json` at the root holds the configuration, the folder it was started in (paths in a configuration may be relative),
+and the folder of each step that was begun. Everything else is counted from commits, so it is true whatever was killed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from relevance_ray.config import Config, build_config
+from relevance_ray.errors import UserError
+from relevance_ray.labeling.attempts import shards_set_aside
+from relevance_ray.lease import lease_holder
+from relevance_ray.storage import CommitLog, exists, is_remote, join, read_json, write_json
+
+_FILE = "run.json"
+
+
+def begin_run(root: str, config: Config) -> None:
+    """Write down what is run; what an earlier run of the root said is replaced."""
+    write_json(join(root, _FILE), {"config": dataclasses.asdict(config), "directory": os.getcwd(), "folders": {}})
+
+
+def begin_step(root: str, step: str, folder: str) -> None:
+    """Write down that a step was begun."""
+    state = read_json(join(root, _FILE))
+    state["folders"][step] = folder
+    write_json(join(root, _FILE), state)
+
+
+def config_of(root: str) -> Config:
+    """The configuration that was last run at a root; the process moves to the folder that run was started in."""
+    state = _read(root)
+    if not Path(state["directory"]).is_dir():
+        raise UserError(
+            f"{root} was run in {state['directory']}, which is not there; make it, its paths are meant there"
+        )
+    os.chdir(state["directory"])
+    return build_config(state["config"], where=join(root, _FILE))
+
+
+def describe(root: str) -> Iterator[str]:
+    """Lines that say how far each step is, what failed, and whether a driver is at work."""
+    state = _read(root)
+    for step, folder in state["folders"].items():
+        yield f"{step:14} {_step_line(step, folder)}"
+    holder = lease_holder(root)
+    if holder is None:
+        yield "no driver is at work"
+    else:
+        yield f"driver: process {holder.get('pid', '?')} on {holder.get('host', '?')}"
+        if (line := _last_line(root)) is not None:
+            yield line
+
+
+def _read(root: str) -> dict[str, Any]:
+    if not exists(join(root, _FILE)):
+        raise UserError(f"{root} holds no {_FILE}, so nothing was run there; give the storage.root of a run")
+    return dict(read_json(join(root, _FILE)))
+
+
+def _step_line(step: str, folder: str) -> str:
+    marker = join(folder, "step.json")
+    done = read_json(marker) if exists(marker) else None
+    took = f"done in {done['seconds']:,.0f} s, {done['finished']}" if done else "not finished"
+    if step not in ("generate", "label"):
+        return took
+    records = CommitLog(folder).committed().values()
+    pairs, errors = (sum(record.get(key, 0) for record in records) for key in ("pairs", "errors"))
+    parts = [took, f"{len(records):,} shards", f"{pairs:,} pairs"]
+    if errors:
+        parts.append(f"{errors:,} failed rows")
+    if set_aside := shards_set_aside(folder) if step == "label" else {}:
+        named = "; ".join(f"{shard}: {why}" for shard, why in list(set_aside.items())[:3])
+        parts.append(f"{len(set_aside):,} shards set aside ({named}{'; ...' if len(set_aside) > 3 else ''})")
+    return ", ".join(parts)
+
+
+def _last_line(root: str) -> str | None:
+    """The newest line of the run's log; a root on S3 has none."""
+    log = Path(root.removeprefix("file://")) / "log.jsonl"
+    if is_remote(root) or not log.is_file():
+        return None
+    with open(log, "rb") as file:
+        file.seek(max(0, log.stat().st_size - 4096))
+        lines = [line for line in file.read().split(b"\n") if line.endswith(b"}")]
+    if not lines:
+        return None
+    record = json.loads(lines[-1])
+    of = f" of {record['total']:,}" if record["total"] else ""
+    parts = [f"{record['step']}: {record['done']:,}{of} {record['unit']}", f"{record['per_second']:,.1f}/s"]
+    if record["failures"]:
+        parts.append(f"{record['failures']:,} failed")
+    if record["seconds_left"] is not None:
+        parts.append(f"{record['seconds_left'] / 60:,.1f} minutes left")
+    return f"{', '.join(parts)} ({time.time() - record['time']:,.0f} s ago)"

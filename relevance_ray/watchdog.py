@@ -1,0 +1,54 @@
+"""End a wait that nothing will end: a job that hangs costs its machines, and one that stopped can be resumed."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from relevance_ray.errors import UserError
+
+
+@contextlib.contextmanager
+def watchdog(seconds: float, message: str) -> Iterator[Callable[[], None]]:
+    """Interrupt the block once it made no progress for so long.
+
+    Yields a function to call at each sign of progress. Works on the main thread, the only one that can be interrupted;
+    elsewhere, and with `seconds` 0, it watches nothing.
+
+    Raises:
+        UserError: `message`, after the block was interrupted as if by Ctrl-C.
+    """
+    last = time.monotonic()
+    stalled, stop = threading.Event(), threading.Event()
+
+    def progress() -> None:
+        nonlocal last
+        last = time.monotonic()
+
+    def watch() -> None:
+        while not stop.wait(min(seconds / 10, 5.0)):
+            if time.monotonic() - last > seconds:
+                stalled.set()
+                # A true signal: one that is only noted would not wake a wait in C.
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                return
+
+    if not seconds or threading.current_thread() is not threading.main_thread():
+        yield progress
+        return
+    thread = threading.Thread(target=watch, name="watchdog", daemon=True)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    thread.start()
+    try:
+        yield progress
+    except KeyboardInterrupt:
+        if stalled.is_set():
+            raise UserError(message) from None
+        raise
+    finally:
+        stop.set()
+        thread.join()
+        signal.signal(signal.SIGINT, before)

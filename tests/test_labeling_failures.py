@@ -1,0 +1,163 @@
+"""Labeling when things fail: a shard that cannot be labeled, an engine that dies, rows that failed, a job that hangs."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_labeling import make_groups
+
+from relevance_ray.engines.base import Labels, Pair
+from relevance_ray.errors import UserError
+from relevance_ray.labeling.attempts import MAX_ATTEMPTS, Attempts, shards_set_aside
+from relevance_ray.labeling.pipeline import EngineFailedError, Shard, label, shards_to_label
+from relevance_ray.storage import CommitLog
+from relevance_ray.watchdog import watchdog
+
+pytestmark = pytest.mark.usefixtures("ray_sees_this_module")
+
+
+@pytest.fixture
+def ray_sees_this_module(ray_cluster: None) -> Iterator[None]:
+    """Workers cannot import a test module; its classes travel by value."""
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    yield
+    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+class TroubledEngine:
+    """Labels a pair with the length of its query, but for queries that `trouble` names: raise, exit, hang, or fail the
+    row. A file `mended` in the folder ends all trouble. Every call leaves the pairs it was asked in a file."""
+
+    gains = (0.0, 1.0)
+
+    def __init__(self, folder: Path, trouble: dict[str, str]) -> None:
+        self.folder, self.trouble = folder, trouble
+
+    def label(self, pairs: Sequence[Pair]) -> Labels:
+        with (self.folder / "calls").open("a") as file:
+            file.write(f"{pairs[0].query}: {len(pairs)}\n")
+        trouble = {} if (self.folder / "mended").exists() else self.trouble
+        kinds = {trouble.get(pair.query, "") for pair in pairs}
+        if "raise" in kinds:
+            raise RuntimeError("out of memory")
+        if "exit" in kinds:
+            os._exit(1)
+        if "hang" in kinds:
+            time.sleep(600)
+        lengths = np.array([len(pair.query) for pair in pairs], dtype=np.float32)
+        errors: list[str | None] = ["no label" if trouble.get(pair.query) == "row" else None for pair in pairs]
+        lengths[[error is not None for error in errors]] = np.nan
+        return Labels(np.stack([np.zeros_like(lengths), lengths], axis=1), errors, [None] * len(pairs))
+
+
+def three_shards(folder: Path) -> list[Shard]:
+    groups = CommitLog(str(folder / "generate"))
+    for start in range(0, 30, 10):
+        table = make_groups(start, start + 10)
+        groups.commit(f"groups-{start:010d}-{start + 10:010d}", table, "g", {"pairs": 30})
+    return shards_to_label(groups, list(groups.committed()))
+
+
+def calls(folder: Path) -> list[str]:
+    return (folder / "calls").read_text().splitlines()
+
+
+@pytest.mark.parametrize("trouble", ["raise", "exit"])
+def test_a_shard_that_fails_thrice_is_set_aside_and_retried_on_request(tmp_path: Path, trouble: str) -> None:
+    shards = three_shards(tmp_path)
+    engine = partial(TroubledEngine, tmp_path, {"query 15": trouble})
+    run = partial(label, shards, str(tmp_path / "label"), "t", engine)
+    first = run()
+    (name,) = first["set_aside"]
+    assert name == shards[1].label_name
+    assert ("out of memory" if trouble == "raise" else "process died") in first["set_aside"][name]
+    assert (first["pairs"], first["errors"]) == (60, 0)
+    assert calls(tmp_path).count("query 10: 30") == MAX_ATTEMPTS
+
+    # Another run leaves it aside; a retry takes it on again.
+    assert run()["set_aside"] == first["set_aside"]
+    assert len(calls(tmp_path)) == MAX_ATTEMPTS + 2
+    (tmp_path / "mended").touch()
+    again = run(retry=True)
+    assert (again["set_aside"], again["pairs"], again["skipped"]) == ({}, 90, 2)
+    assert calls(tmp_path)[MAX_ATTEMPTS + 2 :] == ["query 10: 30"]
+    assert not (tmp_path / "label" / "failed").exists()
+
+
+def test_a_retry_labels_only_the_rows_that_failed(tmp_path: Path) -> None:
+    shards = three_shards(tmp_path)
+    out = str(tmp_path / "label")
+    run = partial(label, shards, out, "t", partial(TroubledEngine, tmp_path, {"query 12": "row", "query 20": "row"}))
+    assert run()["errors"] == 6
+    untouched = CommitLog(out).committed()[shards[0].label_name]
+    (tmp_path / "mended").touch()
+    again = run(retry=True)
+    assert (again["errors"], again["pairs"], again["skipped"]) == (0, 90, 1)
+    assert sorted(calls(tmp_path)[3:]) == ["query 12: 3", "query 20: 3"]
+    log = CommitLog(out)
+    assert log.committed()[shards[0].label_name] == untouched
+    products = [product for row in log.read(shards[1].label_name).to_pylist() for product in row["products"]]
+    assert [product["logit"] for product in products] == [8.0] * 30
+    assert not any(product["error"] for product in products)
+    assert log.sweep() == 2  # the files that were replaced
+
+
+def test_an_engine_that_fails_on_everything_ends_the_job(tmp_path: Path) -> None:
+    shards = three_shards(tmp_path)
+    engine = partial(TroubledEngine, tmp_path, {f"query {n}": "raise" for n in range(30)})
+    with pytest.raises(EngineFailedError, match="6 times in a row"):
+        label(shards, str(tmp_path / "label"), "t", engine)
+    assert CommitLog(str(tmp_path / "label")).committed() == {}
+
+
+def test_what_the_user_must_mend_in_an_engine_reaches_the_driver_as_such(tmp_path: Path) -> None:
+    def refuse() -> TroubledEngine:
+        raise UserError("label.path names no file; give one")
+
+    class Refusing(TroubledEngine):
+        def label(self, pairs: Sequence[Pair]) -> Labels:
+            return refuse().label(pairs)
+
+    with pytest.raises(UserError, match="names no file"):
+        label(three_shards(tmp_path), str(tmp_path / "label"), "t", partial(Refusing, tmp_path, {}))
+
+
+def test_a_job_that_hangs_is_ended_and_can_be_resumed(tmp_path: Path) -> None:
+    shards = three_shards(tmp_path)
+    run = partial(label, shards, str(tmp_path / "label"), "t", partial(TroubledEngine, tmp_path, {"query 25": "hang"}))
+    with pytest.raises(UserError, match=r"no shard was labeled in .* the same command resumes it"):
+        run(no_progress_seconds=8)
+    assert len(CommitLog(str(tmp_path / "label")).committed()) == 2
+    (tmp_path / "mended").touch()
+    resumed = run()
+    assert (resumed["skipped"], resumed["pairs"], resumed["set_aside"]) == (2, 90, {})
+
+
+def test_tries_of_an_earlier_run_do_not_count(tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    for run in ("one", "two"):
+        attempts = Attempts(folder, run)
+        assert [attempts.begin("shard") for _ in range(MAX_ATTEMPTS + 1)] == [1, 2, 3, None]
+    attempts.fail("shard", 2, "boom")
+    assert attempts.set_aside("shard") == "boom"
+    assert shards_set_aside(folder) == {"shard": "boom"}
+
+
+def test_the_watchdog_sleeps_while_there_is_progress_and_passes_ctrl_c_on() -> None:
+    with watchdog(1.0, "stalled") as beat:
+        for _ in range(6):
+            time.sleep(0.3)
+            beat()
+    with pytest.raises(KeyboardInterrupt), watchdog(60, "stalled"):
+        raise KeyboardInterrupt
+    with pytest.raises(UserError, match="stalled"), watchdog(0.5, "stalled"):
+        time.sleep(30)
