@@ -24,25 +24,25 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from relevance_ray import storage
 from relevance_ray.config import Config, load_config
 from relevance_ray.data.prepare import read_judged, read_scale
-from relevance_ray.engines.base import FolderModel
-from relevance_ray.engines.registry import load_pair_model
 from relevance_ray.evaluation.compare import (
     Predictions,
     as_results,
     compare_predictions,
     difference,
-    predict,
     random_predictions,
 )
 from relevance_ray.evaluation.judged import JudgedPairs, flatten
 from relevance_ray.evaluation.options import Baseline
 from relevance_ray.evaluation.report import metric_title, write_report
+from relevance_ray.model_folder import read_model_info
 from relevance_ray.options import semantic
+from relevance_ray.quiet import quiet_libraries
 from relevance_ray.schema import LabelScale
 from relevance_ray.step_folders import VERSIONS, StepFolders
 from relevance_ray.steps import Chain
@@ -53,12 +53,12 @@ BASELINES: tuple[Baseline, ...] = ("cosine", "bm25")
 MODELS = (*TRAINED, *BASELINES)
 
 QUICK = [
-    "teacher={kind: ensemble, members: [{kind: bi_encoder, max_tokens: 48}, {kind: bm25}]}",
-    "generate={num_pairs: 1600, quotas: {bm25: 2, bm25_middle: 2, category: 2, random: 2}}",
+    "teacher={kind: ensemble, members: [{kind: bi_encoder, max_tokens: 32}, {kind: bm25}]}",
+    "generate={num_pairs: 1200, quotas: {bm25: 2, bm25_middle: 2, category: 2, random: 2}}",
     "student.num_layers=2",
-    "student.max_tokens=48",
+    "student.max_tokens=32",
     "student.fit.batch_size=8",
-    "evaluate={num_resamples: 500, human_fit: {epochs: 1}}",
+    "evaluate={num_resamples: 500, splits: [test], human_fit: {epochs: 1, batch_size: 8}}",
 ]
 
 
@@ -75,6 +75,7 @@ def main() -> None:
     num_folds = arguments.folds or (2 if arguments.quick else 5)
     work = Path(arguments.work).absolute() / ("quick" if arguments.quick else "full")
 
+    quiet_libraries()
     folds: list[tuple[JudgedPairs, dict[str, Predictions]]] = []
     judged, seconds = [], 0.0
     for fold in range(num_folds):
@@ -118,8 +119,8 @@ def main() -> None:
 def fold_predictions(config: Config) -> pa.Table:
     """Predictions of all models for the test queries of one fold, made once for a configuration.
 
-    Columns `query_id`, `product_id`, and `NAME.logit` and `NAME.class` of each model; the fold's `seconds` lie in the
-    schema's metadata.
+    The columns of the evaluation's `predictions.parquet`, a trained model's logits calibrated; the fold's `seconds` lie
+    in the schema's metadata.
     """
     folders = StepFolders(config)
     keys = [folders.key("train-teacher"), folders.key("generate"), VERSIONS]
@@ -130,31 +131,27 @@ def fold_predictions(config: Config) -> pa.Table:
         return storage.read_table(path)
     started = time.monotonic()
     chain = Chain(config)
-    prepared = chain.run().folders["prepare"]
-    scale = read_scale(prepared)
-    models: dict[str, FolderModel] = {name: load_pair_model(folder) for name, folder in chain.models().items()}
-    pairs = flatten(read_judged(prepared, "test"), scale)
-    columns: dict[str, Any] = {
-        "query_id": np.repeat(pairs.query_ids, np.diff(pairs.offsets)),
-        "product_id": pairs.product_ids,
-    }
-    for name in MODELS:
-        model = models[name]
-        found = predict(model, pairs)
-        assert model.info.calibration is not None
-        logits = found.logits
-        if name in TRAINED:
-            logits = model.info.calibration.slope * logits - model.info.calibration.thresholds[scale.relevant_index - 1]
-        columns |= {f"{name}.logit": logits, f"{name}.class": found.classes}
-    metadata = {"seconds": f"{time.monotonic() - started:.1f}"}
-    table = pa.table(columns).replace_schema_metadata(metadata)
+    folders_of_steps = chain.run().folders
+    scale = read_scale(folders_of_steps["prepare"])
+    table = storage.read_table(f"{folders_of_steps['evaluate']}/predictions.parquet")
+    table = table.filter(pc.equal(table["split"], "test"))
+    models = chain.models()
+    for name in TRAINED:
+        calibration = read_model_info(models[name]).calibration
+        assert calibration is not None
+        logits = pc.add(
+            pc.multiply(table[f"{name}.logit"], calibration.slope), -calibration.thresholds[scale.relevant_index - 1]
+        )
+        table = table.set_column(table.schema.get_field_index(f"{name}.logit"), f"{name}.logit", logits)
+    table = table.replace_schema_metadata({"seconds": f"{time.monotonic() - started:.1f}"})
     storage.write_table(path, table)
     return table
 
 
 def read_predictions(table: pa.Table) -> dict[str, Predictions]:
     """Model name -> predictions, out of a fold's table."""
-    return {name: Predictions(table[f"{name}.logit"].to_numpy(), table[f"{name}.class"].to_numpy()) for name in MODELS}
+    logits = {name: pc.fill_null(table[f"{name}.logit"], -np.inf).to_numpy() for name in MODELS}
+    return {name: Predictions(logits[name], table[f"{name}.class"].to_numpy()) for name in MODELS}
 
 
 def join_folds(

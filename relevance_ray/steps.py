@@ -37,6 +37,7 @@ from relevance_ray.storage import (
     publish_folder,
     read_json,
     write_json,
+    write_table,
 )
 from relevance_ray.training.options import StudentOptions
 
@@ -348,7 +349,14 @@ class Chain:
         models = {name: load_pair_model(path) for name, path in self.models().items()}
         judged, scale = read_judged(self._prepared()), read_scale(self._prepared())
         with self._progress("evaluate", None, "pairs") as progress:
-            results = evaluate_models(judged, models, scale, self.config.evaluate, on_progress=progress.advance)
+            results = evaluate_models(
+                judged,
+                models,
+                scale,
+                self.config.evaluate,
+                on_progress=progress.advance,
+                on_predictions=partial(write_table, join(folder, "predictions.parquet")),
+            )
         write_report(results, folder, title="Evaluation", about=self._about())
         return {
             "report": join(folder, "report.md"),

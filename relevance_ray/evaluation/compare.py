@@ -192,6 +192,7 @@ def evaluate_models(
     scale: LabelScale,
     options: EvaluateOptions | None = None,
     on_progress: Callable[[int], object] | None = None,
+    on_predictions: Callable[[pa.Table], object] | None = None,
 ) -> dict[str, Any]:
     """Score and compare models on each split of a JUDGED_GROUP table.
 
@@ -200,6 +201,7 @@ def evaluate_models(
         models: name -> model, in the order of the report; the first one is what others are compared with there.
         options: metrics, splits and intervals; "random" among `options.baselines` adds random order.
         on_progress: called with the number of pairs just scored.
+        on_predictions: called once with `predictions_table` of all splits.
 
     Returns:
         `{"scale", "metrics", "num_resamples", "seed", "splits": {split: see compare_predictions}}`, plain JSON values.
@@ -210,6 +212,7 @@ def evaluate_models(
     """
     options = options or EvaluateOptions()
     splits: dict[str, Any] = {}
+    tables: list[pa.Table] = []
     for split in options.splits:
         pairs = flatten(of_split(judged, split), scale)
         if not pairs.num_pairs:
@@ -217,13 +220,34 @@ def evaluate_models(
         predictions = {name: predict(model, pairs, on_progress) for name, model in models.items()}
         if "random" in options.baselines:
             predictions["random"] = random_predictions(pairs.num_pairs)
+        tables.append(predictions_table(split, pairs, predictions))
         splits[split] = compare_predictions(pairs, predictions, scale, options)
     if not splits:
         raise UserError(
             f"no judgment to evaluate on: none lies in split {' or '.join(options.splits)}; "
             "judge more queries, or name other splits in evaluate.splits"
         )
+    if on_predictions is not None:
+        on_predictions(pa.concat_tables(tables))
     return as_results(splits, scale, options)
+
+
+def predictions_table(split: str, pairs: JudgedPairs, predictions: Mapping[str, Predictions]) -> pa.Table:
+    """What every model said of every pair: `split`, `query_id`, `query`, `product_id`, `gain`, and for each model
+    `NAME.logit` (null where it could not score the pair) and `NAME.class` (null without calibration)."""
+    columns: dict[str, Any] = {
+        "split": [split] * pairs.num_pairs,
+        "query_id": np.repeat(pairs.query_ids, np.diff(pairs.offsets)),
+        "query": pairs.queries,
+        "product_id": pairs.product_ids,
+        "gain": pairs.gains,
+    }
+    for name, found in predictions.items():
+        columns[f"{name}.logit"] = pa.array(found.logits, pa.float64(), mask=np.isneginf(found.logits))
+        columns[f"{name}.class"] = (
+            pa.array(found.classes, pa.int64()) if found.classes is not None else pa.nulls(pairs.num_pairs, pa.int64())
+        )
+    return pa.table(columns)
 
 
 def as_results(splits: Mapping[str, Any], scale: LabelScale, options: EvaluateOptions) -> dict[str, Any]:

@@ -29,6 +29,8 @@ from relevance_ray.training.fit import LOG_FILE, FitResult, OnProgress, read_res
 from relevance_ray.training.runners import Job, Runner, local_runner
 
 MAX_FAILURES = 2
+# How often the controller looks at its workers; the default of 2 s is waited for at each end of a training.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 _ERROR_FILE = "user_error.json"
 _POLL_SECONDS = 0.5
 
