@@ -79,9 +79,11 @@ def run(
     """Run the whole chain: what is finished is skipped, what is half-done resumes."""
     loaded = _load(config, set_)
     if dry_run:
-        from relevance_ray.step_folders import StepFolders
+        from relevance_ray.steps import Chain
 
-        for step, state, folder in StepFolders(loaded).plan(until):
+        chain = Chain(loaded)
+        chain.preflight(until)
+        for step, state, folder in chain.at.plan(until):
             typer.echo(f"{step:14} {state:7} {folder}")
         return
     _run_chain(loaded, until)
@@ -106,10 +108,15 @@ _step_command("evaluate", "Compare all models on held-out human judgments.")
 @app.command("retry-failed")
 def retry_failed(root: Root) -> None:
     """Label again what failed at a root, and nothing else; run the configuration again to train on it."""
+    import os
+
     from relevance_ray.run_state import config_of
     from relevance_ray.steps import Chain
 
-    outcome = Chain(config_of(root)).retry_failed()
+    config, directory = config_of(root)
+    if os.path.isdir(directory):
+        os.chdir(directory)
+    outcome = Chain(config).retry_failed()
     typer.echo(f"labeled: {outcome.summaries['label']['pairs']:,} pairs")
     _report_failures(outcome)
 
@@ -118,9 +125,7 @@ def retry_failed(root: Root) -> None:
 def status(root: Root) -> None:
     """How far a run is, from outside."""
     from relevance_ray.run_state import describe
-    from relevance_ray.storage import check_reachable
 
-    check_reachable(root)
     for line in describe(root):
         typer.echo(line)
 
@@ -145,7 +150,7 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to bind; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to bind.")] = 8000,
 ) -> None:
-    """Serve a student over HTTP until Ctrl-C."""
+    """Serve a student over HTTP until Ctrl-C; with a configuration, what the student needs is run first."""
     from relevance_ray.serving.app import serve_model
     from relevance_ray.serving.options import ServeOptions
     from relevance_ray.storage import localize

@@ -33,6 +33,10 @@ class StorageOptions:
     __pydantic_config__ = STRICT
     root: str = option("runs/default", "Folder or s3://bucket/prefix that holds the steps of the run", operational=True)
 
+    def __post_init__(self) -> None:
+        if "://" in self.root and not self.root.split("://", 1)[1].strip("/"):
+            raise ValueError(f"root {self.root} names no bucket; write s3://bucket/prefix")
+
 
 @dataclasses.dataclass(frozen=True)
 class ResourceOptions:
@@ -48,7 +52,7 @@ class ResourceOptions:
     cpus_per_train_worker: int = option(1, "CPUs of one training worker", operational=True)
     train_on_gpu: bool = option(False, "Give each training worker a GPU", operational=True)
     no_progress_minutes: float = option(
-        30,
+        30.0,
         "End labeling, to be resumed, after so long without a labeled shard (the first waits for the model); 0: never",
         operational=True,
     )
@@ -87,13 +91,28 @@ class Config:
 _ADAPTER = TypeAdapter(Config)
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML lets the last of two equal keys win without a word; here they are a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is there twice", key.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
 def load_config(path: str, overrides: Iterable[str] = ()) -> Config:
     """Read a YAML configuration and apply `a.b=value` overrides (values are YAML too)."""
     file = Path(path)
+    if file.is_dir():
+        raise UserError(f"{path} is a folder; name the configuration file in it")
     if not file.is_file():
         raise UserError(f"{path}: there is no such configuration file; jobs/ holds ones to start from")
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        values = yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeys) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import signal
 import socket
 import threading
 import time
 import uuid
 from collections.abc import Mapping
 from typing import Any
+
+from botocore.exceptions import BotoCoreError
 
 from relevance_ray.errors import UserError
 from relevance_ray.storage import create_exclusive, exists, is_remote, join, read_json, remove_tree, write_bytes
@@ -25,7 +28,10 @@ def lease_holder(root: str) -> dict[str, Any] | None:
     if not exists(path):
         return None
     if is_remote(root):
-        holder = dict(read_json(path))
+        try:
+            holder = dict(read_json(path))
+        except FileNotFoundError:
+            return None
         return holder if time.time() - holder["heartbeat"] < LEASE_SECONDS else None
     with open(path.removeprefix("file://")) as file:
         try:
@@ -45,7 +51,7 @@ class Lease:
         self.path = join(root, "lease.json")
         self._owner = {"host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex}
         self._file: Any = None
-        self._stop = threading.Event()
+        self._stop, self._lost = threading.Event(), threading.Event()
         self._heartbeat = threading.Thread(target=self._beat, name="lease", daemon=True)
 
     def __enter__(self) -> Lease:
@@ -61,6 +67,8 @@ class Lease:
             self._file.close()
             return
         self._heartbeat.join()
+        if self._lost.is_set():
+            raise UserError(f"another driver took storage.root {self.root} over; see that only one runs")
         if exists(self.path) and read_json(self.path)["token"] == self._owner["token"]:
             remove_tree(self.path)
 
@@ -72,10 +80,15 @@ class Lease:
 
     def _acquire_local(self) -> None:
         path = self.path.removeprefix("file://")
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        self._file = open(path, "a+")  # noqa: SIM115 (held until the lease ends)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+            self._file = open(path, "a+")  # noqa: SIM115 (held until the lease ends)
+        except OSError as error:
+            raise UserError(
+                f"storage.root {self.root} cannot be written to ({error.strerror}); choose another folder"
+            ) from error
+        try:
+            self._lock()
         except BlockingIOError:
             self._file.seek(0)
             text = self._file.read()
@@ -84,6 +97,13 @@ class Lease:
         self._file.truncate(0)
         self._file.write(json.dumps(self._owner))
         self._file.flush()
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.2)  # `lease_holder` may be looking
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def _acquire_remote(self) -> None:
         if not create_exclusive(self.path, self._stamp()):
@@ -103,4 +123,11 @@ class Lease:
 
     def _beat(self) -> None:
         while not self._stop.wait(LEASE_SECONDS / 4):
-            write_bytes(self.path, self._stamp())
+            try:
+                if read_json(self.path)["token"] != self._owner["token"]:
+                    self._lost.set()
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                    return
+                write_bytes(self.path, self._stamp())
+            except (OSError, BotoCoreError):
+                continue  # the next beat may get through; until then nobody takes over

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -61,6 +62,17 @@ def resolve_model(name: str) -> Path:
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return _from_hub(name)
     raise UserError(f"model {name!r} is unknown; give {_choices()}")
+
+
+def check_layers(name: str, folder: str | Path, num_layers: int | None) -> None:
+    """Raise `UserError` where a model has fewer layers than are to be kept. A configuration that does not say how many it
+    has is not judged."""
+    config = Path(folder) / "config.json"
+    if num_layers is None or not config.is_file():
+        return
+    there = json.loads(config.read_text(encoding="utf-8")).get("num_hidden_layers")
+    if there is not None and num_layers > there:
+        raise UserError(f"num_layers is {num_layers}, but model {name} has {there} layers; ask for fewer")
 
 
 def _choices() -> str:

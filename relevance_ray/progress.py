@@ -49,7 +49,10 @@ class Progress:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        self._show(final=True)
+        if kind is None:
+            self._show(final=True)
+        elif self._width:
+            self._stream.write("\n")  # what is said of the failure begins on a line of its own
         if self._log is not None:
             self._log.close()
 
@@ -103,6 +106,8 @@ class Progress:
 
     def _line(self, seconds: float, rate: float, left: float | None, final: bool) -> str:
         of = f" of {self.total:,}" if self.total else ""
+        if final and not self.done and not self.total:
+            return f"{self.description}: took {_clock(seconds)}"
         parts = [f"{self.description}: {self.done:,}{of} {self.unit}", f"{rate:,.1f}/s"]
         if self.failures:
             parts.append(f"{self.failures:,} failed")

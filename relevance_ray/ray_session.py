@@ -36,6 +36,19 @@ def in_local_session() -> bool:
 
 
 @contextlib.contextmanager
+def _without_banner() -> Iterator[None]:
+    """Keep off the terminal what Ray's C++ says of its own log level as it starts; exceptions come through."""
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)
+
+
+@contextlib.contextmanager
 def ray_session(num_cpus: int | None = None) -> Iterator[None]:
     """Ray for the length of the block; one that is already there is used and left as it is.
 
@@ -51,7 +64,8 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
         ray.init(log_to_driver=False)
     else:
         cpus = num_cpus or max(4, os.cpu_count() or 1)
-        ray.init(num_cpus=cpus, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+        with _without_banner():
+            ray.init(num_cpus=cpus, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
         _local.set()
     try:
         yield

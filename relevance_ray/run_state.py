@@ -18,14 +18,17 @@ from relevance_ray.config import Config, build_config
 from relevance_ray.errors import UserError
 from relevance_ray.labeling.attempts import shards_set_aside
 from relevance_ray.lease import lease_holder
-from relevance_ray.storage import CommitLog, exists, is_remote, join, read_json, write_json
+from relevance_ray.step_folders import STEPS
+from relevance_ray.storage import CommitLog, check_reachable, exists, is_remote, join, read_json, write_json
 
 _FILE = "run.json"
 
 
 def begin_run(root: str, config: Config) -> None:
-    """Write down what is run; what an earlier run of the root said is replaced."""
-    write_json(join(root, _FILE), {"config": dataclasses.asdict(config), "directory": os.getcwd(), "folders": {}})
+    """Write down what is run. Steps that this run does not come to keep the folders of an earlier one."""
+    place = join(root, _FILE)
+    folders = read_json(place)["folders"] if exists(place) else {}
+    write_json(place, {"config": dataclasses.asdict(config), "directory": os.getcwd(), "folders": folders})
 
 
 def begin_step(root: str, step: str, folder: str) -> None:
@@ -35,22 +38,19 @@ def begin_step(root: str, step: str, folder: str) -> None:
     write_json(join(root, _FILE), state)
 
 
-def config_of(root: str) -> Config:
-    """The configuration that was last run at a root; the process moves to the folder that run was started in."""
+def config_of(root: str) -> tuple[Config, str]:
+    """The configuration that was last run at a root, and the folder it was started in, where its paths are meant."""
     state = _read(root)
-    if not Path(state["directory"]).is_dir():
-        raise UserError(
-            f"{root} was run in {state['directory']}, which is not there; make it, its paths are meant there"
-        )
-    os.chdir(state["directory"])
-    return build_config(state["config"], where=join(root, _FILE))
+    state["config"]["storage"]["root"] = root if is_remote(root) else str(Path(root).absolute())
+    return build_config(state["config"], where=join(root, _FILE)), state["directory"]
 
 
 def describe(root: str) -> Iterator[str]:
     """Lines that say how far each step is, what failed, and whether a driver is at work."""
     state = _read(root)
-    for step, folder in state["folders"].items():
-        yield f"{step:14} {_step_line(step, folder)}"
+    for step in STEPS:
+        if step in state["folders"]:
+            yield f"{step:14} {_step_line(step, state['folders'][step])}"
     holder = lease_holder(root)
     if holder is None:
         yield "no driver is at work"
@@ -61,6 +61,7 @@ def describe(root: str) -> Iterator[str]:
 
 
 def _read(root: str) -> dict[str, Any]:
+    check_reachable(root)
     if not exists(join(root, _FILE)):
         raise UserError(f"{root} holds no {_FILE}, so nothing was run there; give the storage.root of a run")
     return dict(read_json(join(root, _FILE)))
@@ -72,12 +73,14 @@ def _step_line(step: str, folder: str) -> str:
     took = f"done in {done['seconds']:,.0f} s, {done['finished']}" if done else "not finished"
     if step not in ("generate", "label"):
         return took
-    records = CommitLog(folder).committed().values()
+    committed = CommitLog(folder).committed()
+    records = committed.values()
     pairs, errors = (sum(record.get(key, 0) for record in records) for key in ("pairs", "errors"))
     parts = [took, f"{len(records):,} shards", f"{pairs:,} pairs"]
     if errors:
         parts.append(f"{errors:,} failed rows")
-    if set_aside := shards_set_aside(folder) if step == "label" else {}:
+    given_up = shards_set_aside(folder) if step == "label" else {}
+    if set_aside := {shard: why for shard, why in given_up.items() if shard not in committed}:
         named = "; ".join(f"{shard}: {why}" for shard, why in list(set_aside.items())[:3])
         parts.append(f"{len(set_aside):,} shards set aside ({named}{'; ...' if len(set_aside) > 3 else ''})")
     return ", ".join(parts)

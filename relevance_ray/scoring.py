@@ -125,6 +125,8 @@ def _check_columns(reader: RowReader, scorer: Scorer) -> None:
         )
     if not set(fields) & set(reader.columns):
         raise UserError(f"{reader.path} has none of the columns this model reads ({', '.join(fields)}); it has {found}")
+    if "title" in fields and "title" not in reader.columns:
+        raise UserError(f"{reader.path} has no column `title` (it has {found}); rename your titles' column")
     taken = [name for name in SCORE_COLUMNS if name in reader.columns]
     if taken:
         raise UserError(f"{reader.path} has a column `{taken[0]}` already; rename it, since the output adds one")

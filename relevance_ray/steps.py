@@ -17,7 +17,7 @@ from typing import Any
 from relevance_ray.config import Config
 from relevance_ray.errors import UserError
 from relevance_ray.lease import Lease
-from relevance_ray.models import resolve_model
+from relevance_ray.models import check_layers, resolve_model
 from relevance_ray.options import semantic
 from relevance_ray.progress import Progress
 from relevance_ray.ray_session import check_resources, ray_session
@@ -36,6 +36,7 @@ from relevance_ray.storage import (
     makedirs,
     publish_folder,
     read_json,
+    remove_tree,
     write_json,
     write_table,
 )
@@ -79,7 +80,7 @@ class Chain:
     def run(self, until: str | None = None) -> Outcome:
         """Run what is not done yet, up to a step. One driver at a time: the root is leased for as long as it takes."""
         steps = self.at.until(until)
-        self._preflight(steps)
+        self.preflight(until)
         outcome = Outcome()
         with self._at_work():
             begin_run(self.at.root, self.config)
@@ -99,10 +100,11 @@ class Chain:
     def retry_failed(self) -> Outcome:
         """Label again what failed, and only that: the failed rows of labeled shards, and the shards set aside."""
         outcome = Outcome()
-        folder = self.at.folder("label") if self.at.is_done("generate") else ""
-        if not folder or not listdir(folder):
-            raise UserError(f"nothing was labeled at {self.at.root} yet; run the configuration first")
+        if not self.at.is_done("generate") or not self.at.is_done("label"):
+            raise UserError(f"labeling at {self.at.root} is not finished yet; run the configuration first")
+        folder = self.at.folder("label")
         with self._at_work():
+            remove_tree(join(folder, "step.json"))  # killed from here on, the step is a half-done one
             outcome.add("label", folder, self._execute("label", folder, retry=True))
         return outcome
 
@@ -118,27 +120,35 @@ class Chain:
         outcome = self.run("train-student")
         return localize(join(outcome.folders["train-student"], "model"))
 
-    def _preflight(self, steps: tuple[str, ...]) -> None:
-        """Refuse what can be known to fail before hours are spent: a model name that does not resolve, a root that
-        cannot be reached, or one among the data that a step's fingerprint is of."""
-        config = self.config
+    def preflight(self, until: str | None = None) -> None:
+        """Refuse what can be known to fail before hours are spent: a model that does not resolve or has too few layers, a
+        file that is not there, a root that cannot be reached or lies among the data that a fingerprint is of."""
+        config, steps = self.config, self.at.until(until)
         data = Path(config.data.path).resolve()
         if config.data.path and not is_remote(self.at.root) and Path(self.at.root).resolve().is_relative_to(data):
             raise UserError(
                 f"storage.root {config.storage.root} lies within data.path {config.data.path}, so each run would change "
                 "its own data; choose a folder elsewhere"
             )
+        for key, path in (("generate.pairs_file", config.generate.pairs_file), ("label.path", config.label.path)):
+            if path and key.split(".")[0] in steps and not exists(path):
+                raise UserError(f"{key} {path} does not exist; name the file")
         check_reachable(self.at.root)
-        names = [config.student.model] if "train-student" in steps else []
+        for model, num_layers in self._models(steps):
+            check_layers(model, resolve_model(model), num_layers)
+
+    def _models(self, steps: tuple[str, ...]) -> Iterator[tuple[str, int | None]]:
+        """The models that some steps start from, and how many of their layers are kept."""
+        config = self.config
+        if "train-student" in steps:
+            yield config.student.model, config.student.num_layers
         if "train-teacher" in steps:
             members = config.teacher.members if config.teacher.kind == "ensemble" else [config.teacher]
-            names += [member.model for member in members if member.kind != "bm25"]
+            yield from ((member.model, member.num_layers) for member in members if member.kind != "bm25")
         if "generate" in steps and config.generate.uses_dense:
-            names.append(config.generate.dense_model)
+            yield config.generate.dense_model, None
         if "evaluate" in steps and "cosine" in config.evaluate.baselines:
-            names.append(config.evaluate.cosine_model)
-        for name in dict.fromkeys(names):
-            resolve_model(name)
+            yield config.evaluate.cosine_model, None
 
     def _execute(self, step: str, folder: str, retry: bool = False) -> dict[str, Any]:
         makedirs(folder)

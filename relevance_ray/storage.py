@@ -52,14 +52,16 @@ def exists(path: str) -> bool:
 
 
 def check_reachable(path: str) -> None:
-    """Raise `UserError` where a bucket is not there, or not for us; nothing is asked of a local path."""
+    """Raise `UserError` where a bucket is not there, or a path not for us; nothing is asked of a local path."""
     if not is_remote(path):
         return
     fs, inner = _open_fs(path)
-    bucket = inner.strip("/").split("/", 1)[0]
     try:
-        fs.ls(bucket, detail=False)
+        fs.ls(inner, detail=False)
     except (OSError, BotoCoreError) as error:
+        response = getattr(error.__cause__, "response", None) or {}
+        if isinstance(error, FileNotFoundError) and response.get("Error", {}).get("Code") != "NoSuchBucket":
+            return  # nothing is there yet
         why = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
             f"cannot reach {path} ({why}); make the bucket, or mend the endpoint and credentials in the environment "
@@ -115,7 +117,8 @@ def write_json(path: str, value: Any) -> None:
 
 
 def create_exclusive(path: str, data: bytes) -> bool:
-    """Create a whole file only where none is yet; False where another was first."""
+    """Create a whole file only where none is yet; False where another was first. `data` must be unique to its writer: on
+    S3 that is what tells the writer's own retried request from another's."""
     if is_remote(path):
         fs, inner = _open_fs(path)
         try:
@@ -258,24 +261,23 @@ class CommitLog:
 
     def commit(self, shard: str, table: pa.Table, fingerprint: str, extra: Mapping[str, Any] | None = None) -> bool:
         """Write a shard and commit it. False where another attempt had committed it first (ours becomes an orphan)."""
-        name, data, record = self._write(shard, table, fingerprint, extra)
-        if not create_exclusive(self._commit_file(shard), json.dumps(record).encode()):
-            return False
-        if not exists(join(self.folder, "data", name)):
-            # A new driver took this actor for dead and swept the file between the two writes.
-            write_bytes(join(self.folder, "data", name), data)
-        return True
+        return self._commit(shard, table, fingerprint, extra, instead_of=None)
 
-    def replace(self, shard: str, table: pa.Table, fingerprint: str, extra: Mapping[str, Any] | None = None) -> None:
-        """Commit a shard in place of what stands there: a reader sees the old one or the new. Only under the lease."""
-        _, _, record = self._write(shard, table, fingerprint, extra)
-        write_bytes(self._commit_file(shard), json.dumps(record).encode())
-        self._records.pop(shard, None)
+    def replace(
+        self, shard: str, table: pa.Table, fingerprint: str, extra: Mapping[str, Any] | None = None, *, instead_of: str
+    ) -> bool:
+        """Commit a shard in place of the data file `instead_of`: a reader sees the old one or the new. False where that
+        is no longer the committed one."""
+        return self._commit(shard, table, fingerprint, extra, instead_of)
 
-    def _write(
-        self, shard: str, table: pa.Table, fingerprint: str, extra: Mapping[str, Any] | None
-    ) -> tuple[str, bytes, dict[str, Any]]:
-        """Write a data file; its name, its bytes, and the record that would commit it."""
+    def _commit(
+        self,
+        shard: str,
+        table: pa.Table,
+        fingerprint: str,
+        extra: Mapping[str, Any] | None,
+        instead_of: str | None,
+    ) -> bool:
         data = table_bytes(table)
         name = f"{shard}-{uuid.uuid4().hex[:12]}.parquet"
         write_bytes(join(self.folder, "data", name), data)
@@ -286,7 +288,24 @@ class CommitLog:
             "fingerprint": fingerprint,
             **(extra or {}),
         }
-        return name, data, record
+        place, content = self._commit_file(shard), json.dumps(record).encode()
+        if instead_of is None:
+            if not create_exclusive(place, content):
+                return False
+        else:
+            if read_json(place)["file"] != instead_of:
+                return False
+            write_bytes(place, content)
+            self._records.pop(shard, None)
+        if not exists(join(self.folder, "data", name)):
+            # A new driver took this actor for dead and swept the file between the two writes.
+            write_bytes(join(self.folder, "data", name), data)
+        return True
+
+    def record(self, shard: str) -> dict[str, Any] | None:
+        """What the commit of a shard says now, None where it has none."""
+        place = self._commit_file(shard)
+        return dict(read_json(place)) if exists(place) else None
 
     def _commit_file(self, shard: str) -> str:
         return join(self.folder, "commits", f"{shard}.json")

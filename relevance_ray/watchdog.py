@@ -11,6 +11,10 @@ from collections.abc import Callable, Iterator
 from relevance_ray.errors import UserError
 
 
+class StalledError(UserError):
+    """A job made no progress for too long and was ended."""
+
+
 @contextlib.contextmanager
 def watchdog(seconds: float, message: str) -> Iterator[Callable[[], None]]:
     """Interrupt the block once it made no progress for so long.
@@ -19,7 +23,7 @@ def watchdog(seconds: float, message: str) -> Iterator[Callable[[], None]]:
     elsewhere, and with `seconds` 0, it watches nothing.
 
     Raises:
-        UserError: `message`, after the block was interrupted as if by Ctrl-C.
+        StalledError: `message`, after the block was interrupted as if by Ctrl-C.
     """
     last = time.monotonic()
     stalled, stop = threading.Event(), threading.Event()
@@ -31,10 +35,9 @@ def watchdog(seconds: float, message: str) -> Iterator[Callable[[], None]]:
     def watch() -> None:
         while not stop.wait(min(seconds / 10, 5.0)):
             if time.monotonic() - last > seconds:
+                # A true signal: one that is only noted would not wake a wait in C. And again, where it was swallowed.
                 stalled.set()
-                # A true signal: one that is only noted would not wake a wait in C.
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-                return
 
     if not seconds or threading.current_thread() is not threading.main_thread():
         yield progress
@@ -44,9 +47,10 @@ def watchdog(seconds: float, message: str) -> Iterator[Callable[[], None]]:
     thread.start()
     try:
         yield progress
-    except KeyboardInterrupt:
+    except BaseException as error:
+        stop.set()
         if stalled.is_set():
-            raise UserError(message) from None
+            raise StalledError(message) from error
         raise
     finally:
         stop.set()

@@ -256,7 +256,9 @@ def test_a_root_among_the_data_is_refused(tmp_path: Path, encoder: Path) -> None
     assert not (tmp_path / "root").exists()
 
 
-def test_what_failed_is_told_by_status_and_retried_alone(tmp_path: Path, encoder: Path) -> None:
+def test_what_failed_is_told_by_status_and_retried_alone(
+    tmp_path: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = tmp_path / "root"
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump({**values(root, encoder), "label": {"engine": "oracle"}}))
@@ -264,7 +266,7 @@ def test_what_failed_is_told_by_status_and_retried_alone(tmp_path: Path, encoder
     chain = Chain(build_config(yaml.safe_load(config.read_text())))
     given_up, *others = chain.at.shards()
     failed = Path(chain.at.folder("label"), "failed", f"{given_up.label_name}.json")
-    storage.write_json(str(failed), {"error": "RuntimeError: out of memory", "attempts": 3})
+    storage.write_json(str(failed), {"error": "RuntimeError: out of memory", "run": "x"})
 
     first = cli("label", str(config))
     assert first.returncode == 3, first.stderr
@@ -276,6 +278,19 @@ def test_what_failed_is_told_by_status_and_retried_alone(tmp_path: Path, encoder
     assert f"{len(others)} shards" in label_line
     assert "1 shards set aside" in label_line
     assert "no driver is at work" in shown.stdout
+
+    # A retry that is killed leaves a step that is not done, and still knows what failed.
+    def die(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("relevance_ray.labeling.pipeline.label", die)
+        patch.setattr(chain, "_ray", lambda *_: None)
+        with pytest.raises(KeyboardInterrupt):
+            chain.retry_failed()
+    refused = cli("retry-failed", str(root))
+    assert (refused.returncode, "is not finished yet" in refused.stderr) == (2, True)
+    assert cli("label", str(config)).returncode == 3
 
     again = cli("retry-failed", str(root), cwd=tmp_path)
     assert again.returncode == 0, again.stderr
@@ -289,3 +304,23 @@ def test_status_of_what_was_never_run_is_refused(tmp_path: Path) -> None:
         done = cli(command, str(tmp_path))
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
         assert "nothing was run there" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("student.num_layers=99", "num_layers is 99"),
+        ("student.model=minilmm", "model 'minilmm' is unknown"),
+        ("label={engine: file, path: nope.csv}", "label.path nope.csv does not exist"),
+        ("generate={source: file, pairs_file: nope.csv}", "generate.pairs_file nope.csv does not exist"),
+    ],
+)
+def test_what_can_be_known_to_fail_is_refused_before_anything_is_run(
+    tmp_path: Path, encoder: Path, override: str, said: str
+) -> None:
+    config = build_config(values(tmp_path / "root", encoder), [override])
+    with pytest.raises(UserError, match=said):
+        Chain(config).preflight()
+    with pytest.raises(UserError, match=said):
+        Chain(config).run()
+    assert not (tmp_path / "root").exists()

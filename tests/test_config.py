@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -78,3 +80,22 @@ def test_the_jobs_that_ship_are_valid(path: Path) -> None:
 
 def test_the_demos_labels_come_from_its_teacher_not_from_the_truth() -> None:
     assert demo_config().label.engine == "transformers"
+
+
+def test_a_configuration_written_down_and_read_back_has_the_same_fingerprints() -> None:
+    config = Config()
+    again = build_config(json.loads(json.dumps(dataclasses.asdict(config))))
+    assert json.dumps(semantic(again), sort_keys=True) == json.dumps(semantic(config), sort_keys=True)
+
+
+def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("data:\n  format: generic\n  format: market\n")
+    with pytest.raises(UserError, match="'format' is there twice"):
+        load_config(str(tmp_path / "run.yaml"))
+    with pytest.raises(UserError, match="is a folder"):
+        load_config(str(tmp_path))
+
+
+def test_a_root_without_a_bucket_is_refused() -> None:
+    with pytest.raises(UserError, match="names no bucket"):
+        build_config({"storage": {"root": "s3://"}})

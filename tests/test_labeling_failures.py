@@ -15,10 +15,17 @@ from test_labeling import make_groups
 
 from relevance_ray.engines.base import Labels, Pair
 from relevance_ray.errors import UserError
-from relevance_ray.labeling.attempts import MAX_ATTEMPTS, Attempts, shards_set_aside
-from relevance_ray.labeling.pipeline import EngineFailedError, Shard, label, shards_to_label
+from relevance_ray.labeling.attempts import MAX_ATTEMPTS, Attempts, shards_set_aside, take_back
+from relevance_ray.labeling.pipeline import (
+    MAX_FAILED_IN_ROW,
+    EngineFailedError,
+    Shard,
+    ShardLabeler,
+    label,
+    shards_to_label,
+)
 from relevance_ray.storage import CommitLog
-from relevance_ray.watchdog import watchdog
+from relevance_ray.watchdog import StalledError, watchdog
 
 pytestmark = pytest.mark.usefixtures("ray_sees_this_module")
 
@@ -59,9 +66,9 @@ class TroubledEngine:
         return Labels(np.stack([np.zeros_like(lengths), lengths], axis=1), errors, [None] * len(pairs))
 
 
-def three_shards(folder: Path) -> list[Shard]:
+def make_shards(folder: Path, count: int = 3) -> list[Shard]:
     groups = CommitLog(str(folder / "generate"))
-    for start in range(0, 30, 10):
+    for start in range(0, 10 * count, 10):
         table = make_groups(start, start + 10)
         groups.commit(f"groups-{start:010d}-{start + 10:010d}", table, "g", {"pairs": 30})
     return shards_to_label(groups, list(groups.committed()))
@@ -73,7 +80,7 @@ def calls(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("trouble", ["raise", "exit"])
 def test_a_shard_that_fails_thrice_is_set_aside_and_retried_on_request(tmp_path: Path, trouble: str) -> None:
-    shards = three_shards(tmp_path)
+    shards = make_shards(tmp_path)
     engine = partial(TroubledEngine, tmp_path, {"query 15": trouble})
     run = partial(label, shards, str(tmp_path / "label"), "t", engine)
     first = run()
@@ -90,11 +97,11 @@ def test_a_shard_that_fails_thrice_is_set_aside_and_retried_on_request(tmp_path:
     again = run(retry=True)
     assert (again["set_aside"], again["pairs"], again["skipped"]) == ({}, 90, 2)
     assert calls(tmp_path)[MAX_ATTEMPTS + 2 :] == ["query 10: 30"]
-    assert not (tmp_path / "label" / "failed").exists()
+    assert shards_set_aside(str(tmp_path / "label")) == {}
 
 
 def test_a_retry_labels_only_the_rows_that_failed(tmp_path: Path) -> None:
-    shards = three_shards(tmp_path)
+    shards = make_shards(tmp_path)
     out = str(tmp_path / "label")
     run = partial(label, shards, out, "t", partial(TroubledEngine, tmp_path, {"query 12": "row", "query 20": "row"}))
     assert run()["errors"] == 6
@@ -111,12 +118,26 @@ def test_a_retry_labels_only_the_rows_that_failed(tmp_path: Path) -> None:
     assert log.sweep() == 2  # the files that were replaced
 
 
-def test_an_engine_that_fails_on_everything_ends_the_job(tmp_path: Path) -> None:
-    shards = three_shards(tmp_path)
-    engine = partial(TroubledEngine, tmp_path, {f"query {n}": "raise" for n in range(30)})
-    with pytest.raises(EngineFailedError, match="6 times in a row"):
+@pytest.mark.parametrize("trouble", ["raise", "exit"])
+def test_an_engine_that_fails_on_everything_ends_the_job_and_no_shard_is_blamed(tmp_path: Path, trouble: str) -> None:
+    shards = make_shards(tmp_path, MAX_FAILED_IN_ROW + 3)
+    engine = partial(TroubledEngine, tmp_path, {f"query {n}": trouble for n in range(100)})
+    with pytest.raises(EngineFailedError, match=f"{MAX_FAILED_IN_ROW + 2} shards failed in a row"):
         label(shards, str(tmp_path / "label"), "t", engine)
     assert CommitLog(str(tmp_path / "label")).committed() == {}
+    assert shards_set_aside(str(tmp_path / "label")) == {}
+
+
+def test_a_few_bad_shards_in_a_row_do_not_end_the_job(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path, 4)
+    result = label(
+        shards,
+        str(tmp_path / "label"),
+        "t",
+        partial(TroubledEngine, tmp_path, {f"query {n}": "raise" for n in (0, 10, 20)}),
+    )
+    assert list(result["set_aside"]) == [shard.label_name for shard in shards[:3]]
+    assert result["pairs"] == 30
 
 
 def test_what_the_user_must_mend_in_an_engine_reaches_the_driver_as_such(tmp_path: Path) -> None:
@@ -128,28 +149,60 @@ def test_what_the_user_must_mend_in_an_engine_reaches_the_driver_as_such(tmp_pat
             return refuse().label(pairs)
 
     with pytest.raises(UserError, match="names no file"):
-        label(three_shards(tmp_path), str(tmp_path / "label"), "t", partial(Refusing, tmp_path, {}))
+        label(make_shards(tmp_path), str(tmp_path / "label"), "t", partial(Refusing, tmp_path, {}))
 
 
-def test_a_job_that_hangs_is_ended_and_can_be_resumed(tmp_path: Path) -> None:
-    shards = three_shards(tmp_path)
-    run = partial(label, shards, str(tmp_path / "label"), "t", partial(TroubledEngine, tmp_path, {"query 25": "hang"}))
-    with pytest.raises(UserError, match=r"no shard was labeled in .* the same command resumes it"):
+def test_a_job_that_hangs_is_ended_and_goes_on_without_the_shard_that_hung(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path)
+    run = partial(label, shards, str(tmp_path / "label"), "t", partial(TroubledEngine, tmp_path, {"query 5": "hang"}))
+    with pytest.raises(UserError, match=r"no shard was labeled in .* the same command goes on"):
         run(no_progress_seconds=8)
-    assert len(CommitLog(str(tmp_path / "label")).committed()) == 2
-    (tmp_path / "mended").touch()
-    resumed = run()
-    assert (resumed["skipped"], resumed["pairs"], resumed["set_aside"]) == (2, 90, {})
+    resumed = run(no_progress_seconds=8)
+    assert resumed["pairs"] == 60
+    assert list(resumed["set_aside"]) == [shards[0].label_name]
+    assert "no progress" in resumed["set_aside"][shards[0].label_name]
 
 
-def test_tries_of_an_earlier_run_do_not_count(tmp_path: Path) -> None:
-    folder = str(tmp_path)
+def test_a_commit_whose_worker_died_before_it_could_say_so_counts(tmp_path: Path) -> None:
+    """The last try committed, and its process died: the same shard, handed out again, is done."""
+    shards = make_shards(tmp_path)
+    out = str(tmp_path / "label")
+    label(shards, out, "t", partial(TroubledEngine, tmp_path, {}))
+    labeler = ShardLabeler(out, "t", partial(TroubledEngine, tmp_path, {}), "run")
+    row = {"path": [shards[0].path], "label_name": [shards[0].label_name], "previous": [""]}
+    assert labeler(row)["pairs"] == [30]
+    assert len(calls(tmp_path)) == 3
+
+
+@pytest.fixture(params=["disk", "s3"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "disk":
+        return str(tmp_path)
+    request.getfixturevalue("s3_server")
+    return f"s3://bucket/{tmp_path.name}"
+
+
+def test_tries_are_counted_and_those_of_an_earlier_run_do_not_count(folder: str) -> None:
     for run in ("one", "two"):
         attempts = Attempts(folder, run)
         assert [attempts.begin("shard") for _ in range(MAX_ATTEMPTS + 1)] == [1, 2, 3, None]
     attempts.fail("shard", 2, "boom")
-    assert attempts.set_aside("shard") == "boom"
+    attempts.set_aside("shard")
     assert shards_set_aside(folder) == {"shard": "boom"}
+    attempts.begin("other")
+    attempts.set_open_aside("hung")
+    assert shards_set_aside(folder) == {"shard": "boom", "other": "hung"}
+    take_back(folder, "shard")
+    assert list(shards_set_aside(folder)) == ["other"]
+    attempts.excuse()
+    assert shards_set_aside(folder) == {}
+
+
+def interrupted_in_a_library() -> None:
+    try:
+        time.sleep(30)
+    except KeyboardInterrupt:
+        raise ValueError("what the library makes of it") from None
 
 
 def test_the_watchdog_sleeps_while_there_is_progress_and_passes_ctrl_c_on() -> None:
@@ -159,5 +212,7 @@ def test_the_watchdog_sleeps_while_there_is_progress_and_passes_ctrl_c_on() -> N
             beat()
     with pytest.raises(KeyboardInterrupt), watchdog(60, "stalled"):
         raise KeyboardInterrupt
-    with pytest.raises(UserError, match="stalled"), watchdog(0.5, "stalled"):
+    with pytest.raises(StalledError, match="stalled"), watchdog(0.5, "stalled"):
         time.sleep(30)
+    with pytest.raises(StalledError), watchdog(0.5, "stalled"):
+        interrupted_in_a_library()

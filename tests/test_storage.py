@@ -167,3 +167,15 @@ def test_who_holds_a_lease_is_known_from_outside(root: str) -> None:
         assert holder is not None
         assert holder["pid"] == os.getpid()
     assert lease_holder(root) is None
+
+
+def test_a_shard_is_replaced_only_where_it_is_still_the_one_that_was_read(root: str) -> None:
+    log = CommitLog(root)
+    old, new = (pa.table({"x": [number]}) for number in (1, 2))
+    log.commit("s", old, "f")
+    first = CommitLog(root).committed()["s"]["file"]
+    assert log.replace("s", new, "f", instead_of=first)
+    assert CommitLog(root).read("s") == new
+    assert not log.replace("s", old, "f", instead_of=first)
+    assert CommitLog(root).read("s") == new
+    assert CommitLog(root).sweep() == 2

@@ -138,6 +138,10 @@ def query_log(path: str) -> Callable[[], Iterator[pa.Table]]:
         first_row = 1
         for block in blocks(path, ["query"], ["frequency", "locale"]):
             frequency = pc.fill_null(number(block, "frequency", path, first_row), 1.0)
+            if (negative := pc.index(pc.less(frequency, 0), True).as_py()) >= 0:
+                raise UserError(
+                    f"{path}, row {first_row + negative}: frequency is negative; write how often it was typed"
+                )
             first_row += block.num_rows
             columns = [text(block, "query"), frequency.cast(pa.int64(), safe=False), text(block, "locale")]
             keep = columns[0].is_valid()

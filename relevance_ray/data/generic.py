@@ -50,8 +50,9 @@ def _find(options: DataOptions, name: str) -> Path:
         raise UserError(f"data.path {options.path!r} is no folder; give the one that holds products.* and judgments.*")
     found = [folder / f"{name}{suffix}" for suffix in files.SUFFIXES if (folder / f"{name}{suffix}").is_file()]
     if len(found) != 1:
-        what = "has no" if not found else "has several"
-        raise UserError(f"{folder} {what} {name} file ({name}.parquet, .csv, .tsv, .jsonl); name it in data.{name}")
+        there = f"several {name} files ({', '.join(path.name for path in found)})"
+        what = there if found else f"no {name} file ({name}.parquet, .csv, .tsv, .jsonl)"
+        raise UserError(f"{folder} has {what}; name it in data.{name}")
     return found[0]
 
 
@@ -123,7 +124,9 @@ def _rater_grades(table: pa.Table, name: str, path: Path) -> pa.Array:
 
 
 def _products(path: Path, columns: dict[str, str], locale: str) -> Iterator[pa.Table]:
-    required = [columns["product_id"], columns["title"]] + ([columns["locale"]] if locale else [])
+    named = [theirs for ours, theirs in columns.items() if ours != theirs]
+    required = list(dict.fromkeys([columns["product_id"], columns["title"], *named]))
+    required += [columns["locale"]] if locale and columns["locale"] not in required else []
     optional = [theirs for theirs in columns.values() if theirs not in required]
     first_row = 1
     for block in files.blocks(path, required, optional):

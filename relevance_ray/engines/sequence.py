@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from relevance_ray.errors import UserError
 from relevance_ray.model_folder import ModelInfo, finish_folder, staged_folder
+from relevance_ray.models import check_layers
 
 _DROPOUT_KEYS = (
     *("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"),  # BERT and its kin
@@ -55,10 +56,7 @@ def build_sequence_folder(
     if out.exists():
         return
     config = AutoConfig.from_pretrained(source)
-    if num_layers is not None and num_layers > config.num_hidden_layers:
-        raise UserError(
-            f"num_layers is {num_layers}, but model {source} has {config.num_hidden_layers} layers; ask for fewer"
-        )
+    check_layers(str(source), source, num_layers)
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and info.template.max_tokens > positions:
         raise UserError(

@@ -67,7 +67,7 @@ def verdict(split_name: str, split: Mapping[str, Any], student: str, other: str,
     judged = split["num_queries"] - split["num_queries_without_gain"]
     sentence = f"{claim} on {split_name} {metric_title(metric)}: {numbers}, {judged} queries."
     if judged < FEW_QUERIES:
-        sentence += " So few queries show large differences only; cross-validate over all judged queries for more."
+        sentence += " So few queries show large differences only; cross-validate over all judged ones (data.folds)."
     return sentence
 
 

@@ -9,7 +9,7 @@ from relevance_ray.options import STRICT, option
 
 Source = Literal["log", "titles", "file"]
 SOURCES: tuple[Source, ...] = ("log", "titles", "file")
-QUOTAS = {"bm25": 2, "bm25_middle": 1, "dense": 2, "dense_middle": 1, "category": 1, "random": 1}
+QUOTAS = {"bm25": 2.0, "bm25_middle": 1.0, "dense": 2.0, "dense_middle": 1.0, "category": 1.0, "random": 1.0}
 """Near, middle and far products of each query: what a teacher's ranking is learned from, not only its top."""
 
 

@@ -7,9 +7,9 @@ those of one run: a driver that was killed says nothing against the shards it ha
 from __future__ import annotations
 
 import json
-from typing import Any
+import uuid
 
-from relevance_ray.storage import create_exclusive, exists, join, listdir, read_json, remove_tree, write_json
+from relevance_ray.storage import create_exclusive, join, listdir, read_json, remove_tree, write_json
 
 MAX_ATTEMPTS = 3
 """A shard that failed so often is set aside and named, and the job goes on without it."""
@@ -24,12 +24,13 @@ class Attempts:
     """
 
     def __init__(self, folder: str, run: str) -> None:
-        self._folder, self._marks = folder, join(folder, "attempts", run)
+        self._folder, self._run, self._marks = folder, run, join(folder, "attempts", run)
 
     def begin(self, shard: str) -> int | None:
         """The number of the try that may begin now, from 1; None once all are spent."""
         for number in range(1, MAX_ATTEMPTS + 1):
-            if create_exclusive(self._mark(shard, number), json.dumps({"error": ""}).encode()):
+            mark = {"error": "", "token": uuid.uuid4().hex}
+            if create_exclusive(self._mark(shard, number), json.dumps(mark).encode()):
                 return number
         return None
 
@@ -42,30 +43,43 @@ class Attempts:
         for spent in range(1, number + 1):
             remove_tree(self._mark(shard, spent))
 
-    def set_aside(self, shard: str) -> str:
-        """Give a shard up until `retry`; returns the last reason known."""
+    def set_aside(self, shard: str) -> None:
+        """Give a shard up, for the last reason known, until it is labeled on request."""
         reasons = [read_json(self._mark(shard, number))["error"] for number in range(1, MAX_ATTEMPTS + 1)]
         reason = next((reason for reason in reversed(reasons) if reason), "the engine's process died each time")
-        write_json(join(self._folder, "failed", f"{shard}.json"), {"error": reason, "attempts": MAX_ATTEMPTS})
+        write_json(_failed(self._folder, shard), {"error": reason, "run": self._run})
         self.end(shard, MAX_ATTEMPTS)
-        return reason
+
+    def set_open_aside(self, reason: str) -> None:
+        """Give up every shard whose try has not ended."""
+        for shard in sorted({name.rsplit(".", 2)[0] for name in listdir(self._marks)}):
+            write_json(_failed(self._folder, shard), {"error": reason, "run": self._run})
+
+    def excuse(self) -> None:
+        """Blame none of the shards that this run gave up, nor one that an actor of it still gives up."""
+        write_json(join(self._folder, "excused", f"{self._run}.json"), {})
 
     def _mark(self, shard: str, number: int) -> str:
         return join(self._marks, f"{shard}.{number}.json")
 
 
 def shards_set_aside(folder: str) -> dict[str, str]:
-    """Shard -> why, of those that were given up."""
-    names = [name for name in listdir(join(folder, "failed")) if name.endswith(".json")]
-    return {name.removesuffix(".json"): str(_read(join(folder, "failed", name))["error"]) for name in names}
+    """Shard -> why, of those that were given up; one that was labeled since may still be among them."""
+    names = [name.removesuffix(".json") for name in listdir(join(folder, "failed")) if name.endswith(".json")]
+    records = {name: read_json(_failed(folder, name)) for name in names}
+    excused = set(listdir(join(folder, "excused")))
+    return {name: record["error"] for name, record in records.items() if f"{record['run']}.json" not in excused}
 
 
-def take_back(folder: str) -> None:
-    """Forget what was given up and every mark, so that all of it is tried again; for the holder of the lease."""
-    for part in ("failed", "attempts"):
-        if exists(join(folder, part)):
-            remove_tree(join(folder, part))
+def take_back(folder: str, shard: str) -> None:
+    """Forget that a shard was given up."""
+    remove_tree(_failed(folder, shard))
 
 
-def _read(path: str) -> dict[str, Any]:
-    return dict(read_json(path))
+def sweep_marks(folder: str) -> None:
+    """Remove what killed runs left; for the holder of the lease, before work starts."""
+    remove_tree(join(folder, "attempts"))
+
+
+def _failed(folder: str, shard: str) -> str:
+    return join(folder, "failed", f"{shard}.json")

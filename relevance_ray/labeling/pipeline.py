@@ -8,9 +8,9 @@ growing set of groups is labeled only where it is new.
 
 from __future__ import annotations
 
-import traceback
+import os
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,16 +18,16 @@ import pyarrow as pa
 
 from relevance_ray.engines.base import Engine
 from relevance_ray.errors import UserError
-from relevance_ray.labeling.attempts import Attempts, shards_set_aside, take_back
+from relevance_ray.labeling.attempts import Attempts, shards_set_aside, sweep_marks, take_back
 from relevance_ray.labeling.shard import count_errors, label_groups, relabel_failed
 from relevance_ray.progress import Progress
 from relevance_ray.storage import CommitLog, read_table
-from relevance_ray.watchdog import watchdog
+from relevance_ray.watchdog import StalledError, watchdog
 
 EngineFactory = Callable[[], Engine]
 
-MAX_RESTARTS = 5
-"""Failures of one engine with no success between them that end a job."""
+MAX_FAILED_IN_ROW = 3
+"""More shards than so many and one for each actor, given up with none labeled between them, end a job."""
 
 
 @dataclass(frozen=True)
@@ -52,40 +52,38 @@ def label_name(shard: str, checksum: str) -> str:
 
 
 class EngineFailedError(Exception):
-    """An engine failed over and over, whichever shard it got: the job ends instead of giving up shard after shard."""
+    """An engine failed on one shard after another: the job ends instead of giving all of them up."""
 
 
 class ShardLabeler:
     """The actor: an engine that labels and commits one shard at a time.
 
-    An engine that fails is closed and opened anew, and the shard tried again, `MAX_ATTEMPTS` times in all and over all
-    actors; then it is set aside. `max_restarts` failures of this actor's engine with no shard labeled between them end
-    the job.
+    An engine that fails is opened anew and the shard tried again, `MAX_ATTEMPTS` times in all and over all actors; then
+    the shard is set aside.
     """
 
-    def __init__(
-        self, folder: str, fingerprint: str, open_engine: EngineFactory, run: str, max_restarts: int = MAX_RESTARTS
-    ) -> None:
+    def __init__(self, folder: str, fingerprint: str, open_engine: EngineFactory, run: str) -> None:
         self._log, self._attempts = CommitLog(folder), Attempts(folder, run)
-        self._fingerprint, self._open_engine, self._max_restarts = fingerprint, open_engine, max_restarts
+        self._fingerprint, self._open_engine = fingerprint, open_engine
         self._engine: Engine | None = None  # opened by the first shard, where its errors can be told
-        self._failures_in_row = 0
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         """What became of each shard. What ends the job is told, not raised: Ray Data would strip an error of its kind."""
         results: list[dict[str, Any]] = []
         for path, name, previous in zip(batch["path"], batch["label_name"], batch["previous"], strict=True):
-            result = {"pairs": 0, "errors": 0, "user_error": "", "engine_error": ""}
+            result = {"label_name": name, "labeled": False, "pairs": 0, "errors": 0, "user_error": ""}
             try:
-                result |= self._label(str(path), str(name), str(previous))
+                if (record := self._label(str(path), str(name), str(previous))) is not None:
+                    result |= {"labeled": True, "pairs": record["pairs"], "errors": record["errors"]}
             except UserError as error:
                 result["user_error"] = str(error)
-            except EngineFailedError as error:
-                result["engine_error"] = f"{error}\n{traceback.format_exc()}"
             results.append(result)
         return {key: [result[key] for result in results] for key in results[0]}
 
-    def _label(self, path: str, name: str, previous: str) -> dict[str, int]:
+    def _label(self, path: str, name: str, previous: str) -> dict[str, int] | None:
+        """The counts of a shard's labels; None where it was set aside."""
+        if not previous and (record := self._log.record(name)) is not None:
+            return record  # committed by a try whose process died before it could say so
         while (attempt := self._attempts.begin(name)) is not None:
             try:
                 labeled = self._label_once(path, previous)
@@ -93,17 +91,19 @@ class ShardLabeler:
                 raise
             except Exception as error:  # noqa: BLE001 (whatever an engine raises is written down, and bounded)
                 self._attempts.fail(name, attempt, f"{type(error).__name__}: {error}")
-                self._restart_engine(name, error)
+                self._drop_engine(error)
                 continue
-            self._failures_in_row = 0
-            failed = count_errors(labeled)
             num_pairs = len(labeled.column("products").combine_chunks().flatten())
-            commit = self._log.replace if previous else self._log.commit
-            commit(name, labeled, self._fingerprint, {"pairs": num_pairs, "errors": failed})
+            counts = {"pairs": num_pairs, "errors": count_errors(labeled)}
+            if previous:
+                old_file = previous.rsplit("/", 1)[-1]
+                self._log.replace(name, labeled, self._fingerprint, counts, instead_of=old_file)
+            else:
+                self._log.commit(name, labeled, self._fingerprint, counts)
             self._attempts.end(name, attempt)
-            return {"pairs": num_pairs, "errors": failed}
+            return counts
         self._attempts.set_aside(name)
-        return {}
+        return None
 
     def _label_once(self, path: str, previous: str) -> pa.Table:
         self._engine = self._engine or self._open_engine()
@@ -111,13 +111,10 @@ class ShardLabeler:
             return relabel_failed(read_table(previous), self._engine)
         return label_groups(read_table(path), self._engine)
 
-    def _restart_engine(self, name: str, error: Exception) -> None:
-        self._failures_in_row += 1
+    def _drop_engine(self, error: Exception) -> None:
+        if "CUDA error" in str(error):
+            os._exit(1)  # no later call of this process can use the GPU; Ray starts another
         self._engine = None  # what a failed engine holds may be what broke it
-        if self._failures_in_row > self._max_restarts:
-            raise EngineFailedError(
-                f"the engine failed {self._failures_in_row} times in a row, last on shard {name}"
-            ) from error
 
 
 def label(
@@ -142,7 +139,7 @@ def label(
         open_engine: called in each actor.
         num_actors, num_cpus, num_gpus: size of the pool, and of one actor.
         progress: shows pairs and failures.
-        retry: also take on shards that were set aside, and the failed rows (only these) of labeled ones.
+        retry: take on the shards that were set aside, and the failed rows (only these) of labeled ones, and nothing else.
         no_progress_seconds: end the job, resumable, after so long without a shard; 0 waits for ever.
 
     Returns:
@@ -151,50 +148,71 @@ def label(
 
     Raises:
         UserError: no progress for too long, or an engine that the user must mend.
-        EngineFailedError: an engine that fails on everything.
+        EngineFailedError: one shard after another failed, and none in between was labeled.
     """
     log = CommitLog(folder)
     log.sweep()
-    if retry:
-        take_back(folder)
-    committed, given_up = log.committed(), shards_set_aside(folder)
+    sweep_marks(folder)
+    committed = log.committed()
+    given_up = {name for name in shards_set_aside(folder) if name not in committed}
     done = [committed[shard.label_name] for shard in shards if shard.label_name in committed]
-    rows = [
-        {"path": shard.path, "label_name": shard.label_name, "previous": ""}
-        for shard in shards
-        if shard.label_name not in committed and shard.label_name not in given_up
-    ]
     if retry:
-        with_errors = [shard for shard in shards if committed.get(shard.label_name, {}).get("errors")]
-        rows += [
-            {"path": shard.path, "label_name": shard.label_name, "previous": log.path(shard.label_name)}
-            for shard in with_errors
-        ]
+        todo = [shard for shard in shards if shard.label_name in given_up or _has_errors(committed, shard)]
         done = [record for record in done if not record["errors"]]
+    else:
+        todo = [shard for shard in shards if shard.label_name not in committed and shard.label_name not in given_up]
+    rows = [
+        {
+            "path": shard.path,
+            "label_name": shard.label_name,
+            "previous": log.path(shard.label_name) if shard.label_name in committed else "",
+        }
+        for shard in todo
+    ]
     if progress is not None:
         progress.restart(sum(record["pairs"] for record in done))
         progress.update(failures=sum(record["errors"] for record in done))
     if rows:
-        actor = (folder, fingerprint, open_engine, uuid.uuid4().hex[:12])
+        run = uuid.uuid4().hex[:12]
+        actor = (folder, fingerprint, open_engine, run)
+        patience = f"{no_progress_seconds / 60:g} minutes"
         message = (
-            f"no shard was labeled in {no_progress_seconds / 60:g} minutes, so the job was ended; the same command resumes "
-            "it (look at the engine's log first, or raise resources.no_progress_minutes)"
+            f"no shard was labeled in {patience}, so the job was ended and what was in flight set aside; the same command "
+            "goes on with the rest (or raise resources.no_progress_minutes)"
         )
-        with watchdog(no_progress_seconds, message) as beat:
-            for row in _run_pool(rows, actor, min(num_actors, len(rows)), num_cpus, num_gpus):
-                beat()
-                if progress is not None:
-                    progress.advance(int(row["pairs"]), failures=int(row["errors"]))
-    log, given_up = CommitLog(folder), shards_set_aside(folder)
-    committed = log.committed()
+        failed_in_row: list[str] = []
+        try:
+            with watchdog(no_progress_seconds, message) as beat:
+                for row in _run_pool(rows, actor, min(num_actors, len(rows)), num_cpus, num_gpus):
+                    if row["labeled"]:
+                        beat()
+                        failed_in_row.clear()
+                        take_back(folder, row["label_name"])
+                        if progress is not None:
+                            progress.advance(int(row["pairs"]), failures=int(row["errors"]))
+                        continue
+                    failed_in_row.append(row["label_name"])
+                    if len(failed_in_row) > MAX_FAILED_IN_ROW + num_actors:
+                        reason = shards_set_aside(folder)[failed_in_row[-1]]
+                        Attempts(folder, run).excuse()
+                        raise EngineFailedError(f"{len(failed_in_row)} shards failed in a row; the last: {reason}")
+        except StalledError:
+            Attempts(folder, run).set_open_aside(f"no progress for {patience}")
+            raise
+    committed, why = CommitLog(folder).committed(), shards_set_aside(folder)
     records = [committed[shard.label_name] for shard in shards if shard.label_name in committed]
+    without = [shard.label_name for shard in shards if shard.label_name not in committed]
     return {
         "shards": len(shards),
         "skipped": len(done),
         "pairs": sum(record["pairs"] for record in records),
         "errors": sum(record["errors"] for record in records),
-        "set_aside": {shard.label_name: given_up[shard.label_name] for shard in shards if shard.label_name in given_up},
+        "set_aside": {name: why[name] for name in without if name in why},
     }
+
+
+def _has_errors(committed: Mapping[str, Mapping[str, Any]], shard: Shard) -> bool:
+    return shard.label_name in committed and committed[shard.label_name]["errors"] > 0
 
 
 def _run_pool(
@@ -214,6 +232,4 @@ def _run_pool(
     for row in results.iter_rows():
         if row["user_error"]:
             raise UserError(row["user_error"])
-        if row["engine_error"]:
-            raise EngineFailedError(row["engine_error"])
         yield row

@@ -29,6 +29,7 @@ from relevance_ray.training.fit import LOG_FILE, FitResult, OnProgress, read_res
 from relevance_ray.training.runners import Job, Runner, local_runner
 
 MAX_FAILURES = 2
+"""Deaths of workers that a training survives."""
 # How often the controller looks at its workers; the default of 2 s is waited for at each end of a training.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 _ERROR_FILE = "user_error.json"
@@ -77,7 +78,7 @@ def ray_runner(num_workers: int, cpus_per_worker: int = 1, use_gpu: bool = False
                 # Ray's own state of a run must not be found again: what continues is our checkpoint.
                 name=f"{name}-{uuid.uuid4().hex[:8]}",
                 storage_path=str(ray_dir),
-                failure_config=FailureConfig(max_failures=MAX_FAILURES),
+                failure_config=FailureConfig(max_failures=MAX_FAILURES * len(jobs)),
             ),
         )
         with _interruptible(), _follow(jobs, on_progress):

@@ -52,7 +52,12 @@ def local_runner(jobs: Sequence[Job], on_progress: OnProgress | None = None) -> 
     for job in jobs:
         result = distributed.broadcast_object(read_result(job.work_dir))
         if result is None:
-            task = job.spec.build(distributed.rank(), distributed.world_size())
-            result = fit(task, job.options, job.work_dir, job.progress(on_progress), job.keep_model)
+            result = fit(
+                job.spec.build(distributed.rank(), distributed.world_size()),  # no name holds on to it: it is large
+                job.options,
+                job.work_dir,
+                job.progress(on_progress),
+                job.keep_model,
+            )
         results.append(result)
     return results

@@ -27,7 +27,7 @@ from relevance_ray.student.collate import flatten_groups, grade_distributions, r
 from relevance_ray.teacher.classifier import build_classifier
 from relevance_ray.teacher.options import ClassifierOptions
 from relevance_ray.training.finish import calibrate, check_dev_queries, finished_summary, publish_fit
-from relevance_ray.training.fit import FitResult, OnProgress
+from relevance_ray.training.fit import FitResult, OnProgress, read_result
 from relevance_ray.training.options import TeacherMemberOptions, TeacherOptions
 from relevance_ray.training.runners import Job, Runner, local_runner
 from relevance_ray.training.tasks import TeacherTaskSpec, query_folds
@@ -98,7 +98,8 @@ class _Trainer:
 
     def _full_job(self, member: TeacherMemberOptions, work_dir: Path, part: str = "") -> Job:
         start = work_dir / "start"
-        build_classifier(member, self.scale, start, member.fit.seed)
+        if read_result(work_dir / "fit") is None:
+            build_classifier(member, self.scale, start, member.fit.seed)
         return Job(self._spec(member, start), member.fit, work_dir / "fit", part)
 
     def _publish_classifier(
