@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from relevance_ray.data.files import query_log
 from relevance_ray.data.prepare import iter_products, prepare, read_judged, read_queries, read_scale
 from relevance_ray.data.readers import open_source
 from relevance_ray.data.source import DataOptions
@@ -272,3 +273,15 @@ def test_real_sets_go_through_without_a_leak(
     assert (summary["products"], summary["judgments"]) == (products, judgments)
     check_no_leak(pq.read_table(tmp_path / "judgments.parquet"))
     assert all(count > 0 for count in summary["queries_by_split"].values())
+
+
+def test_a_negative_frequency_and_a_mapped_column_that_is_not_there_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("query,frequency\nred shoe,3\nlamp,-3\n")
+    with pytest.raises(UserError, match=r"log\.csv, row 2: frequency is negative"):
+        list(query_log(str(tmp_path / "log.csv"))())
+    (tmp_path / "products.csv").write_text("product_id,title\n1,shoe\n")
+    (tmp_path / "judgments.csv").write_text("query,product_id,grade\nshoe,1,1\n")
+    columns = {"products": {"brand": "maker"}}
+    options = DataOptions(format="generic", path=str(tmp_path), scale="binary", columns=columns)
+    with pytest.raises(UserError, match="lacks the column 'maker'"):
+        list(open_source(options).products())
