@@ -15,6 +15,7 @@ different folds' models share no level; BM25 and the cosine keep their logits, w
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -45,6 +46,7 @@ from relevance_ray.options import semantic
 from relevance_ray.quiet import quiet_libraries
 from relevance_ray.schema import LabelScale
 from relevance_ray.step_folders import VERSIONS, StepFolders
+from relevance_ray.step_work import StepWork
 from relevance_ray.steps import Chain
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -135,7 +137,8 @@ def fold_predictions(config: Config) -> pa.Table:
     scale = read_scale(folders_of_steps["prepare"])
     table = storage.read_table(f"{folders_of_steps['evaluate']}/predictions.parquet")
     table = table.filter(pc.equal(table["split"], "test"))
-    models = chain.models()
+    with contextlib.ExitStack() as stack:
+        models = StepWork(config, chain.at, print, stack).models()
     for name in TRAINED:
         calibration = read_model_info(models[name]).calibration
         assert calibration is not None

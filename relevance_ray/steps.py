@@ -1,16 +1,14 @@
-"""The chain of steps: what each one does, and in which order.
+"""The chain of steps, in which order, and what it leaves.
 
-The folder of a step, and whether it is done, is `step_folders`' business; here a step that is not done is run in its
-folder, under a lease on the root, and marked done by its `step.json`.
+The folder of a step, and whether it is done, is `step_folders`' business; what a step does there is `step_work`'s. Here a
+step that is not done is run, under a lease on the root.
 """
 
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +16,20 @@ from relevance_ray.config import Config
 from relevance_ray.errors import UserError
 from relevance_ray.lease import Lease
 from relevance_ray.models import check_layers, resolve_model
-from relevance_ray.options import semantic
-from relevance_ray.progress import Progress
-from relevance_ray.ray_session import check_resources, ray_session
 from relevance_ray.run_state import begin_run, begin_step
-from relevance_ray.step_folders import VERSIONS, StepFolders
+from relevance_ray.step_folders import StepFolders
+from relevance_ray.step_work import Say, StepWork
 from relevance_ray.storage import (
-    CommitLog,
-    cache_folder,
     check_reachable,
     exists,
-    fingerprint,
     is_remote,
     join,
     listdir,
     localize,
-    makedirs,
-    publish_folder,
     read_json,
     remove_tree,
     write_json,
-    write_table,
 )
-from relevance_ray.training.options import StudentOptions
-
-Say = Callable[[str], None]
 
 
 def print_at_once(line: str) -> None:
@@ -82,7 +69,7 @@ class Chain:
         steps = self.at.until(until)
         self.preflight(until)
         outcome = Outcome()
-        with self._at_work():
+        with self._at_work() as work:
             begin_run(self.at.root, self.config)
             for step in steps:
                 folder = self.at.folder(step)
@@ -92,7 +79,7 @@ class Chain:
                     self.say(f"{step}: done already, skipped ({folder})")
                 else:
                     self.say(f"{step}: {'resuming' if listdir(folder) else 'running'} ({folder})")
-                    summary = self._execute(step, folder)
+                    summary = work.run(step, folder)
                 outcome.add(step, folder, summary)
                 self._write_latest(outcome)
         return outcome
@@ -103,17 +90,16 @@ class Chain:
         if not self.at.is_done("generate") or not self.at.is_done("label"):
             raise UserError(f"labeling at {self.at.root} is not finished yet; run the configuration first")
         folder = self.at.folder("label")
-        with self._at_work():
+        with self._at_work() as work:
             remove_tree(join(folder, "step.json"))  # killed from here on, the step is a half-done one
-            outcome.add("label", folder, self._execute("label", folder, retry=True))
+            outcome.add("label", folder, work.run("label", folder, retry=True))
         return outcome
 
     @contextlib.contextmanager
-    def _at_work(self) -> Iterator[None]:
+    def _at_work(self) -> Iterator[StepWork]:
         """The lease on the root, and whatever steps open until the run ends."""
         with Lease(self.at.root), contextlib.ExitStack() as stack:
-            self._stack = stack
-            yield
+            yield StepWork(self.config, self.at, self.say, stack)
 
     def student(self) -> Path:
         """The student's model folder, as a local path; what it needs is run first."""
@@ -150,29 +136,6 @@ class Chain:
         if "evaluate" in steps and "cosine" in config.evaluate.baselines:
             yield config.evaluate.cosine_model, None
 
-    def _execute(self, step: str, folder: str, retry: bool = False) -> dict[str, Any]:
-        makedirs(folder)
-        started = time.monotonic()
-        runners: dict[str, Callable[[str], dict[str, Any]]] = {
-            "prepare": self._prepare,
-            "train-teacher": self._train_teacher,
-            "generate": self._generate,
-            "label": partial(self._label, retry=retry),
-            "train-student": self._train_student,
-            "evaluate": self._evaluate,
-        }
-        summary = runners[step](folder)
-        marker = {
-            "step": step,
-            "fingerprint": self.at.key(step),
-            "target": self.at.target(step),
-            "summary": summary,
-            "seconds": round(time.monotonic() - started, 1),
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        }
-        write_json(join(folder, "step.json"), marker)
-        return summary
-
     def _write_latest(self, outcome: Outcome) -> None:
         latest: dict[str, str] = dict(outcome.folders)
         if "train-teacher" in latest:
@@ -183,236 +146,3 @@ class Chain:
         known = read_json(path) if exists(path) else {}
         kept = {name: place for name, place in known.items() if self.at.trains_teacher or "teacher" not in name}
         write_json(path, {**kept, **latest})
-
-    # The steps
-
-    def _ray(self, count: int = 0, cpus: float = 0, gpus: float = 0, key: str = "") -> None:
-        """Ray from here to the end of the run, which must be able to hold `count` actors at once."""
-        self._stack.enter_context(ray_session(self.config.resources.num_cpus))
-        check_resources(count, cpus, gpus, f"resources.{key}")
-
-    def _progress(self, description: str, total: int | None, unit: str) -> Progress:
-        log = None if is_remote(self.at.root) else f"{self.at.root}/log.jsonl"
-        return Progress(description, total, unit, log=log)
-
-    def _work(self, step: str, folder: str) -> Path:
-        """A local folder for checkpoints: within the step on disk, in the cache where the root is on S3."""
-        cached = cache_folder() / "work" / f"{step}-{fingerprint(folder)}"
-        work = cached if is_remote(folder) else Path(folder) / "work"
-        work.mkdir(parents=True, exist_ok=True)
-        return work
-
-    def _prepare(self, folder: str) -> dict[str, Any]:
-        from relevance_ray.data.prepare import prepare
-
-        local = self._work("prepare", folder) if is_remote(folder) else Path(folder)
-        with self._progress("prepare", None, "products") as progress:
-            summary = prepare(self.config.data, local, progress)
-        if is_remote(folder):
-            publish_folder(local, folder)
-        return summary
-
-    def _prepared(self) -> Path:
-        return localize(self.at.folder("prepare"))
-
-    def _runner(self, name: str) -> Any:
-        from relevance_ray.training.ray_train import ray_runner
-
-        resources = self.config.resources
-        gpus = 1 if resources.train_on_gpu else 0
-        self._ray(resources.train_workers, resources.cpus_per_train_worker, gpus, "train_workers")
-        return ray_runner(
-            num_workers=resources.train_workers,
-            cpus_per_worker=resources.cpus_per_train_worker,
-            use_gpu=resources.train_on_gpu,
-            name=name,
-        )
-
-    def _train_teacher(self, folder: str) -> dict[str, Any]:
-        from relevance_ray.data.prepare import iter_products, read_scale
-        from relevance_ray.training.teacher import train_teacher
-
-        prepared, work = self._prepared(), self._work("train-teacher", folder)
-        with self._progress("train-teacher", None, "steps") as progress, _model_in(folder, work) as model:
-            return train_teacher(
-                self.config.teacher,
-                read_scale(prepared),
-                str(prepared / "judged_groups.parquet"),
-                partial(iter_products, prepared),
-                model,
-                work,
-                self._runner("train-teacher"),
-                on_progress=partial(_show_training, progress),
-                label_smoothing=self.config.data.label_smoothing,
-            )
-
-    def _generate(self, folder: str) -> dict[str, Any]:
-        from relevance_ray.generate.pipeline import generate
-
-        self._ray()
-        with self._progress("generate", self.config.generate.num_pairs, "pairs") as progress:
-            return generate(
-                self.config.generate,
-                self.at.folder("prepare"),
-                folder,
-                num_workers=self.config.resources.generate_workers,
-                progress=progress,
-            )
-
-    def _label(self, folder: str, retry: bool) -> dict[str, Any]:
-        from relevance_ray.data.prepare import read_scale
-        from relevance_ray.engines.registry import open_engine
-        from relevance_ray.labeling.pipeline import label
-
-        shards = self.at.shards()
-        model = join(self.at.folder("train-teacher"), "model") if self.at.trains_teacher else None
-        resources = self.config.resources
-        scale, smoothing = read_scale(self._prepared()), self.config.data.label_smoothing
-        factory = partial(open_engine, self.config.label, model, scale, smoothing)
-        if model is None:
-            factory()  # out of an actor, what the user must mend in a file of labels would be no `UserError` any more
-        actors, cpus, gpus = resources.label_actors, resources.cpus_per_label_actor, resources.gpus_per_label_actor
-        self._ray(actors, cpus, gpus, "label_actors")
-        with self._progress("label", sum(shard.num_pairs for shard in shards), "pairs") as progress:
-            summary = label(
-                shards,
-                folder,
-                self.at.key("label"),
-                factory,
-                num_actors=resources.label_actors,
-                num_cpus=resources.cpus_per_label_actor,
-                num_gpus=resources.gpus_per_label_actor,
-                progress=progress,
-                retry=retry,
-                no_progress_seconds=60 * resources.no_progress_minutes,
-            )
-        if summary["skipped"]:
-            self.say(f"label: {summary['skipped']} of {summary['shards']} shards were labeled before and were skipped")
-        return summary
-
-    def _train_student(self, folder: str) -> dict[str, Any]:
-        log = CommitLog(self.at.folder("label"))
-        files = [log.path(name) for name in self.at.labeled_shards()]
-        work = self._work("train-student", folder)
-        return self._fit_student(self.config.student, folder, files, work, "train-student")
-
-    def _fit_student(
-        self, options: StudentOptions, folder: str, files: list[str] | None, work: Path, name: str
-    ) -> dict[str, Any]:
-        """Train a student on files of labeled groups, or, without any, on the human judgments alone."""
-        from relevance_ray.data.prepare import read_scale
-        from relevance_ray.training.student import train_student
-
-        prepared = self._prepared()
-        with self._progress(name, None, "steps") as progress, _model_in(folder, work) as model:
-            return train_student(
-                options,
-                read_scale(prepared),
-                files,
-                str(prepared / "judged_groups.parquet"),
-                model,
-                work,
-                self._runner(name),
-                on_progress=partial(_show_training, progress),
-            )
-
-    def _human_only(self) -> Path:
-        """The model folder of the same student on human labels alone: the baseline of every evaluation, kept for all
-        that share it."""
-        config = self.config
-        options = replace(config.student, loss=config.evaluate.human_loss, fit=config.evaluate.human_fit)
-        key = fingerprint("human-only", VERSIONS["train-student"], self.at.key("prepare"), semantic(options))
-        folder = join(self.at.root, "evaluate-baselines", f"human_only-{key}")
-        if not exists(join(folder, "step.json")):
-            self.say(f"evaluate: training the same student on human labels alone ({folder})")
-            work = self._work("human_only", folder)
-            summary = self._fit_student(options, folder, None, work, "human-only student")
-            write_json(join(folder, "step.json"), {"fingerprint": key, "summary": summary})
-        return localize(join(folder, "model"))
-
-    def models(self) -> dict[str, Path]:
-        """Model folders that `evaluate` compares, by name, in the order of the report; after a run all are there."""
-        from relevance_ray.data.prepare import iter_products, read_judged, read_scale
-        from relevance_ray.evaluation.baselines import build_baselines
-        from relevance_ray.model_folder import read_model_info
-
-        prepared = self._prepared()
-        folders = {"student": localize(join(self.at.folder("train-student"), "model"))}
-        if self.at.trains_teacher:
-            folders["teacher"] = localize(join(self.at.folder("train-teacher"), "model"))
-        folders["human_only"] = self._human_only()
-        return folders | build_baselines(
-            self.config.evaluate,
-            partial(iter_products, prepared),
-            read_judged(prepared, "dev"),
-            read_scale(prepared),
-            read_model_info(folders["student"]).template,
-            self._work("evaluate", self.at.folder("evaluate")),
-        )
-
-    def _evaluate(self, folder: str) -> dict[str, Any]:
-        from relevance_ray.data.prepare import read_judged, read_scale
-        from relevance_ray.engines.registry import load_pair_model
-        from relevance_ray.evaluation.compare import evaluate_models
-        from relevance_ray.evaluation.report import write_report
-
-        models = {name: load_pair_model(path) for name, path in self.models().items()}
-        judged, scale = read_judged(self._prepared()), read_scale(self._prepared())
-        with self._progress("evaluate", None, "pairs") as progress:
-            results = evaluate_models(
-                judged,
-                models,
-                scale,
-                self.config.evaluate,
-                on_progress=progress.advance,
-                on_predictions=partial(write_table, join(folder, "predictions.parquet")),
-            )
-        write_report(results, folder, title="Evaluation", about=self._about())
-        return {
-            "report": join(folder, "report.md"),
-            "splits": {
-                split: {name: model["metrics"] for name, model in found["models"].items()}
-                for split, found in results["splits"].items()
-            },
-        }
-
-    def _about(self) -> dict[str, str]:
-        config = self.config
-        teacher = config.teacher
-        members = ", ".join(
-            member.kind if member.kind == "bm25" else f"{member.kind} {member.model}" for member in teacher.members
-        )
-        labels = read_json(join(self.at.folder("label"), "step.json"))["summary"]
-        return {
-            "data": f"{config.data.format} {config.data.path or config.data.market_size}",
-            "teacher": (
-                f"ensemble of {members}"
-                if members
-                else f"{teacher.kind} {teacher.model}"
-                if self.at.trains_teacher
-                else f"none: labels from engine {config.label.engine}"
-            ),
-            "labeled pairs": f"{labels['pairs']:,} ({labels['errors']:,} failed)",
-            "student": f"{config.student.kind} {config.student.model}, level weight {config.student.level_weight}",
-            "root": self.at.root,
-        }
-
-
-@contextlib.contextmanager
-def _model_in(folder: str, work: Path) -> Iterator[Path]:
-    """Where training puts the model of a step folder: there at once on disk, by upload afterwards on S3."""
-    if not is_remote(folder):
-        yield Path(folder) / "model"
-        return
-    yield work / "model"
-    publish_folder(work / "model", join(folder, "model"))
-
-
-def _show_training(progress: Progress, record: dict[str, Any]) -> None:
-    """A line of the training log on the live line."""
-    if "part" in record and record["part"] != progress.extra.get("part"):
-        progress.restart(record["step"])
-    shown: dict[str, Any] = {key: record[key] for key in ("part", "loss", "pairs_per_second") if key in record}
-    if "dev" in record:
-        shown["dev_ndcg"] = record["dev"]["ndcg"]
-    progress.update(record["step"], total=record["steps"], **shown)
