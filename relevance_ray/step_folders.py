@@ -17,7 +17,7 @@ from relevance_ray.labeling.pipeline import Shard, shards_to_label
 from relevance_ray.options import semantic
 from relevance_ray.storage import CommitLog, content_id, exists, fingerprint, is_remote, join, listdir, read_json
 
-VERSIONS = {"prepare": 1, "train-teacher": 2, "generate": 1, "label": 1, "train-student": 1, "evaluate": 2}
+VERSIONS = {"prepare": 1, "train-teacher": 2, "generate": 2, "label": 1, "train-student": 1, "evaluate": 2}
 """Raised when a step's code comes to give other results from the same input."""
 
 STEPS = tuple(VERSIONS)

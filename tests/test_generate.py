@@ -19,7 +19,7 @@ import pytest
 
 from relevance_ray.data.splits import LeakGuard
 from relevance_ray.errors import UserError
-from relevance_ray.generate.candidates import choose, query_rng, scale_quotas
+from relevance_ray.generate.candidates import choose, query_seed, scale_quotas
 from relevance_ray.generate.catalog import Catalog, build_catalog, search_text
 from relevance_ray.generate.options import GenerateOptions
 from relevance_ray.generate.pipeline import generate
@@ -34,6 +34,7 @@ from relevance_ray.generate.queries import (
 )
 from relevance_ray.generate.rankings import Bm25Ranking, DenseRanking, build_bm25, sample_rows
 from relevance_ray.generate.shards import ShardContext, generate_shard, plan_ranges, shard_name, shard_range
+from relevance_ray.generate.stable import hash_seed, ring_draws
 from relevance_ray.generate.titles import TitleProduct, count_title_words, cut_query
 from relevance_ray.schema import GROUP, JUDGED_GROUP, PRODUCT, QUERY, pair_id
 from relevance_ray.storage import CommitLog
@@ -295,11 +296,13 @@ def test_dense_ranking_is_exact_over_parts(tmp_path: Path) -> None:
 
 
 def test_vectors_of_a_large_catalog_are_a_fixed_sample() -> None:
-    rows = sample_rows(1000, 100, seed=1)
+    keys = np.random.default_rng(0).integers(2**63, size=1010).astype(np.uint64)
+    rows = sample_rows(keys[:1000], 100, seed=1)
     assert len(set(rows.tolist())) == 100
     assert (np.diff(rows) > 0).all()
-    np.testing.assert_array_equal(rows, sample_rows(1000, 100, seed=1))
-    np.testing.assert_array_equal(sample_rows(50, 100, seed=1), np.arange(50))
+    np.testing.assert_array_equal(rows, sample_rows(keys[:1000], 100, seed=1))
+    assert len(set(rows) & set(sample_rows(keys, 100, seed=1))) >= 95
+    np.testing.assert_array_equal(sample_rows(keys[:50], 100, seed=1), np.arange(50))
 
 
 # Candidates
@@ -339,7 +342,7 @@ def test_quotas_are_met_and_every_product_names_its_origin(tmp_path: Path) -> No
     catalog = make_catalog(tmp_path / "catalog", products)
     rankings = {"bm25": np.arange(0, 60), "dense": np.arange(30, 150)}
     quotas = {"bm25": 2, "bm25_middle": 1, "dense": 2, "dense_middle": 1, "category": 1, "random": 1}
-    found = choose(catalog, rankings, quotas, (20, 50), anchor=7, rng=np.random.default_rng(0))
+    found = choose(catalog, rankings, quotas, (20, 50), anchor=7, seed=0)
     assert Counter(origins[0][0] for _, origins in found) == quotas
     assert len({row for row, _ in found}) == 8
     by_name = {origins[0][0]: (row, origins) for row, origins in found}
@@ -357,8 +360,8 @@ def test_unknown_words_and_missing_category_still_give_a_full_group(tmp_path: Pa
     catalog = make_catalog(tmp_path / "catalog", make_products())
     quotas = {"bm25": 4, "category": 3, "random": 1}
     nothing = {"bm25": np.empty(0, dtype=np.int64)}
-    assert len(choose(catalog, nothing, quotas, (1, 9), None, np.random.default_rng(0))) == 8
-    found = choose(catalog, {"bm25": np.asarray([239, 3])}, quotas, (1, 9), 239, np.random.default_rng(0))
+    assert len(choose(catalog, nothing, quotas, (1, 9), None, 0)) == 8
+    found = choose(catalog, {"bm25": np.asarray([239, 3])}, quotas, (1, 9), 239, 0)
     assert [origins[0] for _, origins in found[:2]] == [("bm25", 1), ("bm25", 2)]
     assert len(found) == 8
 
@@ -368,9 +371,48 @@ def test_group_holds_no_text_twice_and_a_small_catalog_is_used_up(tmp_path: Path
     products += [products[0] | {"product_id": "twin", "price": 9.0}]
     catalog = make_catalog(tmp_path / "catalog", products)
     rankings = {"bm25": np.asarray([0, 6, 1])}
-    found = choose(catalog, rankings, {"bm25": 4, "random": 4}, (1, 9), None, np.random.default_rng(0))
+    found = choose(catalog, rankings, {"bm25": 4, "random": 4}, (1, 9), None, 0)
     assert len(found) == 6
     assert not {0, 6} <= {row for row, _ in found}
+
+
+@pytest.mark.parametrize("quotas", [{"random": 8}, {"category": 8}, {"bm25_middle": 8}, {"bm25": 2, "random": 2}])
+def test_a_grown_catalog_changes_few_candidates(tmp_path: Path, quotas: dict[str, int]) -> None:
+    """A nightly run labels what is new: old queries must keep their old products, wherever the new ones come in."""
+    words = ["lamp", "chair", "tent", "boot"]
+    old = [
+        {"product_id": str(n), "title": f"{words[n % 4]} no {n}", "brand": f"b{n % 7}", "category": f"c{n % 3}"}
+        for n in range(2000)
+    ]
+    new = [{"product_id": f"x{n}", "title": f"new {n}", "brand": "b9", "category": f"c{n % 3}"} for n in range(20)]
+    grown = [row for n, product in enumerate(old) for row in ([new[n // 100], product] if n % 100 == 0 else [product])]
+    before, after = make_catalog(tmp_path / "old", old), make_catalog(tmp_path / "grown", grown)
+    kept = total = 0
+    for number in range(60):
+        chosen = []
+        for catalog, products in ((before, old), (after, grown)):
+            # The same ranking, with what is new put in at its head and in its middle.
+            ids = [str((number * 31 + step * 7) % 2000) for step in range(120)]
+            if products is grown:
+                ids = ["x3", *ids[:50], "x7", *ids[50:]]
+            row_of = {product["product_id"]: row for row, product in enumerate(products)}
+            rankings = {"bm25": np.asarray([row_of[name] for name in ids])}
+            found = choose(catalog, rankings, quotas, (30, 100), row_of[ids[-1]], query_seed(1, str(number)))
+            chosen.append({products[row]["product_id"] for row, _ in found})
+        kept += len(chosen[0] & chosen[1])
+        total += len(chosen[0])
+    assert kept / total > (0.7 if "bm25" in quotas else 0.93)
+
+
+def test_random_products_are_drawn_evenly_and_by_what_they_are() -> None:
+    keys = np.sort(np.random.default_rng(1).integers(2**63, size=500).astype(np.uint64) * np.uint64(2))
+    drawn = np.bincount(
+        [place for seed in range(2000) for place in ring_draws(keys, hash_seed(seed), 20)], minlength=500
+    )
+    assert drawn.sum() == 40_000
+    # A binomial draw alone gives 80 with a standard deviation of 9; a window of 16 gaps adds a quarter of 80.
+    assert 15 < drawn.std() < 26
+    assert drawn.min() > 20
 
 
 # Shards
@@ -414,7 +456,9 @@ def test_group_is_the_same_in_whichever_range_it_is_computed(tmp_path: Path) -> 
         catalog,
         Bm25Ranking(tmp_path / "b"),
         DenseRanking(tmp_path / "v"),
-        lambda texts: np.stack([query_rng(9, text).normal(size=32) for text in texts]).astype(np.float32),
+        lambda texts: np.stack([np.random.default_rng(query_seed(9, text)).normal(size=32) for text in texts]).astype(
+            np.float32
+        ),
         lambda start, stop: pool.slice(start, stop - start),
     )
     whole = generate_shard(context, 0, 40)
@@ -529,13 +573,17 @@ def test_killed_run_goes_on_with_what_it_committed(tmp_path: Path, ray_cluster: 
 
 
 def test_dense_candidates_come_from_a_real_model(tmp_path: Path, ray_cluster: None) -> None:
-    prepared = make_prepared(tmp_path / "prepare", make_products(), ["something to keep the rain off"], [])
+    products = make_products()
+    prepared = make_prepared(tmp_path / "prepare", products, ["something to keep the rain off"], [])
     out = tmp_path / "generate"
     options = GenerateOptions(num_pairs=8, source="log", quotas={"dense": 8}, dense_max_products=60)
     summary = generate(options, str(prepared), str(out), num_workers=1)
     assert summary["origins"] == {"dense": 8}
     group = pq.read_table(CommitLog(str(out)).files()[0]).to_pylist()[0]
     titles = [product["fields"]["title"] for product in group["products"]]
-    assert sum("Rain Jacket" in title for title in titles) >= 4
+    rows = np.load(out / "index" / "vectors" / "rows.npy")
+    assert len(rows) == 60
+    jackets = {products[row]["title"] for row in rows if "Rain Jacket" in products[row]["title"]}
+    assert jackets
+    assert jackets <= set(titles)
     assert [product["origins"][0]["rank"] for product in group["products"]] == list(range(1, 9))
-    assert len(np.load(out / "index" / "vectors" / "rows.npy")) == 60

@@ -12,12 +12,13 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from relevance_ray.generate.catalog import Catalog
+from relevance_ray.generate.stable import hash_seed, ring_draws, ring_window, shuffled
 from relevance_ray.schema import normalize_query
 
 Origin = tuple[str, int]
 """Name and rank: 1 is the best of a ranking, 0 stands for an origin that has no ranks."""
 
-_CATEGORY_DRAWS = 256
+_CATEGORY_WINDOW = 4096
 _RANDOM_DRAWS = 256
 
 
@@ -32,10 +33,9 @@ def scale_quotas(quotas: Mapping[str, float], num_candidates: int) -> dict[str, 
     return {name: count for name, count in out.items() if count}
 
 
-def query_rng(seed: int, query: str) -> np.random.Generator:
-    """Random numbers of one query: the same wherever in the stream, and in whichever shard, the query comes."""
-    text = normalize_query(query).encode("utf-8", "surrogatepass")
-    return np.random.default_rng([seed, *text])
+def query_seed(seed: int, query: str) -> int:
+    """The seed of one query: the same wherever in the stream, and in whichever shard, the query comes."""
+    return hash_seed(seed, normalize_query(query))
 
 
 def choose(
@@ -44,7 +44,7 @@ def choose(
     quotas: Mapping[str, int],
     middle_ranks: tuple[int, int],
     anchor: int | None,
-    rng: np.random.Generator,
+    seed: int,
 ) -> list[tuple[int, list[Origin]]]:
     """The products of one query.
 
@@ -54,7 +54,7 @@ def choose(
         quotas: products by origin; their sum is the size of the group.
         middle_ranks: first and last rank (from 1) of the middle origins.
         anchor: row of a product that the query is about, for the category origin; without one, the best ranked product.
-        rng: decides the order of middle, category and random products.
+        seed: of the query; decides which middle, category and random products.
 
     Returns:
         (catalog row, origins) in the order chosen. The first origin is the one it was chosen for; rankings that hold
@@ -68,13 +68,13 @@ def choose(
         if name == "random":
             continue
         if name == "category":
-            found = _same_category_other_brand(catalog, anchor, rng) if anchor is not None else np.empty(0, np.int64)
+            found = _same_category_other_brand(catalog, anchor, seed) if anchor is not None else np.empty(0, np.int64)
             supply[name] = ((int(row), 0) for row in found)
         elif name.endswith("_middle"):
-            supply[name] = _middle(rankings[name.removesuffix("_middle")], middle_ranks, rng)
+            supply[name] = _middle(catalog, rankings[name.removesuffix("_middle")], middle_ranks, seed)
         else:
             supply[name] = ((int(row), rank) for rank, row in enumerate(rankings[name], start=1))
-    supply["random"] = _random(catalog.num_products, rng)
+    supply["random"] = _random(catalog, seed)
     chosen: dict[int, list[Origin]] = {}
     texts: set[int] = set()
 
@@ -107,28 +107,29 @@ def _add_ranks(chosen: dict[int, list[Origin]], rankings: Mapping[str, np.ndarra
                 chosen[row].append((name, rank))
 
 
-def _middle(ranking: np.ndarray, ranks: tuple[int, int], rng: np.random.Generator) -> Iterator[tuple[int, int]]:
-    positions = np.arange(ranks[0] - 1, min(ranks[1], len(ranking)))
-    for position in rng.permutation(positions):
-        yield int(ranking[position]), int(position) + 1
+def _middle(catalog: Catalog, ranking: np.ndarray, ranks: tuple[int, int], seed: int) -> Iterator[tuple[int, int]]:
+    """Products of the middle ranks, by what they are and not by their rank: one that moves up a rank moves no other."""
+    rows = ranking[ranks[0] - 1 : ranks[1]]
+    for position in shuffled(catalog.keys[rows], seed):
+        yield int(rows[position]), int(position) + ranks[0]
 
 
-def _same_category_other_brand(catalog: Catalog, anchor: int, rng: np.random.Generator) -> np.ndarray:
+def _same_category_other_brand(catalog: Catalog, anchor: int, seed: int) -> np.ndarray:
     """Rows drawn from the anchor's category; those of its own brand, and itself, are left out."""
     rows = catalog.same_category(anchor)
-    if len(rows) > _CATEGORY_DRAWS:
-        rows = rows[np.unique(rng.integers(len(rows), size=_CATEGORY_DRAWS))]
+    if len(rows) > _CATEGORY_WINDOW:
+        rows = rows[ring_window(catalog.keys[rows], seed, _CATEGORY_WINDOW)]
     brand = int(catalog.brands[anchor])
     rows = np.asarray(rows[rows != anchor])
     if brand >= 0:
         rows = rows[catalog.brands[rows] != brand]
-    return rng.permutation(rows)
+    return rows[shuffled(catalog.keys[rows], seed)]
 
 
-def _random(num_products: int, rng: np.random.Generator) -> Iterator[tuple[int, int]]:
+def _random(catalog: Catalog, seed: int) -> Iterator[tuple[int, int]]:
     """Rows at random; after some draws every row, so that a small catalog is used up to the last product."""
-    if num_products > _RANDOM_DRAWS:
-        for row in rng.integers(num_products, size=_RANDOM_DRAWS):
-            yield int(row), 0
-    for row in rng.permutation(num_products):
+    if catalog.num_products > _RANDOM_DRAWS:
+        for place in ring_draws(catalog.ring_keys, seed, _RANDOM_DRAWS):
+            yield int(catalog.ring[place]), 0
+    for row in shuffled(np.asarray(catalog.keys), seed):
         yield int(row), 0

@@ -36,6 +36,8 @@ class Catalog:
         num_products: rows.
         text_ids: int64 [num_products], equal for products whose search texts are equal.
         num_distinct: how many different texts there are, the most that one group can hold.
+        keys: uint64 [num_products], `text_ids` as what random choices are made by.
+        ring: int64 [num_products], the rows by rising key; `ring_keys` uint64, their keys.
         brands: int32 [num_products], -1 where there is none.
         categories: int32 [num_products], -1 where there is none.
     """
@@ -47,6 +49,9 @@ class Catalog:
         self.num_products = int(self._starts[-1])
         self.text_ids = np.load(folder / "text_ids.npy", mmap_mode="r")
         self.num_distinct = int(np.load(folder / "num_distinct.npy"))
+        self.keys = self.text_ids.view(np.uint64)
+        self.ring = np.load(folder / "ring.npy", mmap_mode="r")
+        self.ring_keys = np.load(folder / "ring_keys.npy", mmap_mode="r")
         self.brands = np.load(folder / "brands.npy", mmap_mode="r")
         self.categories = np.load(folder / "categories.npy", mmap_mode="r")
         self._by_category = np.load(folder / "by_category.npy", mmap_mode="r")
@@ -76,7 +81,8 @@ class Catalog:
         return pa.Table.from_batches(pieces, schema=_SCHEMA).combine_chunks().take(pa.array(back))
 
     def same_category(self, row: int) -> np.ndarray:
-        """Rows of the products that share the row's category path, itself included; empty where it has none."""
+        """Rows of the products that share the row's category path, itself included, by rising key; empty where it has
+        none."""
         category = int(self.categories[row])
         if category < 0:
             return np.empty(0, dtype=np.int64)
@@ -106,9 +112,13 @@ def build_catalog(products: Iterable[pa.Table], folder: Path) -> None:
     categories = category_codes.array()
     identity = np.concatenate(text_ids)
     counts = np.bincount(categories[categories >= 0], minlength=len(category_codes))
-    by_category = np.argsort(categories, kind="stable")[int((categories < 0).sum()) :]
+    keys = identity.view(np.uint64)
+    ring = np.argsort(keys, kind="stable")
+    by_category = np.lexsort((keys, categories))[int((categories < 0).sum()) :]
     np.save(folder / "starts.npy", np.asarray(starts, dtype=np.int64))
     np.save(folder / "text_ids.npy", identity)
+    np.save(folder / "ring.npy", ring)
+    np.save(folder / "ring_keys.npy", keys[ring])
     np.save(folder / "num_distinct.npy", np.int64(len(np.unique(identity))))
     np.save(folder / "brands.npy", brand_codes.array())
     np.save(folder / "categories.npy", categories)

@@ -77,7 +77,7 @@ def part_name(part: int) -> str:
 
 def plan_vector_parts(catalog: Catalog, options: GenerateOptions, out_dir: str) -> list[int]:
     """The parts of `index/vectors` that are still to be computed; writes `rows.npy`, which they follow."""
-    rows = sample_rows(catalog.num_products, options.dense_max_products, options.seed)
+    rows = sample_rows(catalog.keys, options.dense_max_products, options.seed)
     folder = join(out_dir, "index", "vectors")
     write_bytes(join(folder, "rows.npy"), _npy(rows))
     there = set(listdir(folder))
@@ -87,7 +87,7 @@ def plan_vector_parts(catalog: Catalog, options: GenerateOptions, out_dir: str) 
 
 def part_texts(catalog: Catalog, options: GenerateOptions, part: int) -> list[str]:
     """The texts whose vectors make up a part: title, brand and color."""
-    rows = sample_rows(catalog.num_products, options.dense_max_products, options.seed)
+    rows = sample_rows(catalog.keys, options.dense_max_products, options.seed)
     mine = rows[part * VECTORS_PER_PART : (part + 1) * VECTORS_PER_PART]
     columns = catalog.take(mine).select(["title", "brand", "color"]).to_pydict()
     return search_text({**columns, "category": [None] * len(mine)})

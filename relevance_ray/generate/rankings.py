@@ -15,6 +15,7 @@ import bm25s
 import numpy as np
 
 from relevance_ray.errors import UserError
+from relevance_ray.generate.stable import mix
 
 POSTINGS_BUDGET = 50_000
 _BLOCK_VECTORS = 65_536
@@ -128,8 +129,8 @@ class DenseRanking:
             yield first, block
 
 
-def sample_rows(num_products: int, max_products: int, seed: int) -> np.ndarray:
-    """The catalog rows that get a vector, rising: all, or a seeded sample of `max_products`."""
-    if num_products <= max_products:
-        return np.arange(num_products)
-    return np.sort(np.random.default_rng(seed).choice(num_products, max_products, replace=False))
+def sample_rows(keys: np.ndarray, max_products: int, seed: int) -> np.ndarray:
+    """The catalog rows that get a vector, rising: all, or the `max_products` whose keys (uint64 [n]) hash lowest."""
+    if len(keys) <= max_products:
+        return np.arange(len(keys))
+    return np.sort(np.argpartition(mix(np.asarray(keys), seed), max_products)[:max_products])

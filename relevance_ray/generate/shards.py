@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from relevance_ray.generate.candidates import Origin, choose, query_rng, scale_quotas
+from relevance_ray.generate.candidates import Origin, choose, query_seed, scale_quotas
 from relevance_ray.generate.catalog import Catalog
 from relevance_ray.generate.options import GenerateOptions
 from relevance_ray.generate.rankings import Bm25Ranking, DenseRanking
@@ -84,9 +84,9 @@ def generate_shard(context: ShardContext, start: int, stop: int) -> pa.Table:
         rankings = {"bm25": context.bm25.top(entry["query"], _depth(context.options))}
         if dense:
             rankings["dense"] = dense[start + index]
-        rng = query_rng(context.options.seed, entry["query"])
+        seed = query_seed(context.options.seed, entry["query"])
         first, last = context.options.middle_ranks
-        chosen.append(choose(context.catalog, rankings, quotas, (first, last), entry["anchor"], rng))
+        chosen.append(choose(context.catalog, rankings, quotas, (first, last), entry["anchor"], seed))
     return _group_table(context.catalog, pool, chosen)
 
 
