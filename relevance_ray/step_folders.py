@@ -63,7 +63,7 @@ class StepFolders:
             inputs = [data.path, *files]
             return [semantic(data), [content_id(path) for path in (*inputs, data.queries) if path]]
         if step == "train-teacher":
-            return [self.key("prepare"), semantic(config.teacher)]
+            return [self.judged_key(), semantic(config.teacher)]
         if step == "generate":
             pairs_file = config.generate.pairs_file
             return [self.key("prepare"), semantic(config.generate), content_id(pairs_file) if pairs_file else ""]
@@ -79,6 +79,14 @@ class StepFolders:
             return [self.key("prepare"), semantic(config.student), labels]
         teacher = self.key("train-teacher") if self.trains_teacher else ""
         return [self.key("prepare"), self.key("train-student"), teacher, semantic(config.evaluate)]
+
+    def judged_key(self) -> str:
+        """The fingerprint of the human judgments with their products, known once `prepare` is done. A teacher hangs on
+        it and not on the rest of the catalog, so a product more does not make all labels anew; BM25 within a teacher
+        keeps the word counts of the catalog it was trained beside."""
+        prepared = self.folder("prepare")
+        files = [content_id(join(prepared, name)) for name in ("judged_groups.parquet", "scale.json")]
+        return fingerprint(*files, self.config.data.label_smoothing)
 
     def folder(self, step: str) -> str:
         return join(self.root, f"{step}-{self.key(step)}")
@@ -100,12 +108,12 @@ class StepFolders:
         on what an unfinished one will give, it says after which."""
         unfinished = ""
         for step in self.until(until):
-            if unfinished and step in ("label", "train-student", "evaluate"):
+            if unfinished and not (unfinished == "prepare" and step == "generate"):
                 yield step, "run", f"(known after {unfinished})"
                 continue
             state = "done" if self.is_done(step) else "resume" if listdir(self.folder(step)) else "run"
             yield step, state, self.folder(step)
-            if state != "done" and step in ("generate", "label", "train-student"):
+            if state != "done" and step in ("prepare", "generate", "label", "train-student"):
                 unfinished = step
 
     def until(self, until: str | None) -> tuple[str, ...]:

@@ -172,6 +172,8 @@ class StepWork:
             )
         if summary["skipped"]:
             self.say(f"label: {summary['skipped']} of {summary['shards']} shards were labeled before and were skipped")
+        if summary["reused"]:
+            self.say(f"label: {summary['reused']:,} pairs were labeled in earlier shards, and their labels taken over")
         return summary
 
     def _train_student(self, folder: str) -> dict[str, Any]:
@@ -205,7 +207,7 @@ class StepWork:
         that share it."""
         config = self.config
         options = replace(config.student, loss=config.evaluate.human_loss, fit=config.evaluate.human_fit)
-        key = fingerprint("human-only", VERSIONS["train-student"], self.at.key("prepare"), semantic(options))
+        key = fingerprint("human-only", VERSIONS["train-student"], self.at.judged_key(), semantic(options))
         folder = join(self.at.root, "evaluate-baselines", f"human_only-{key}")
         if not exists(join(folder, "step.json")):
             self.say(f"evaluate: training the same student on human labels alone ({folder})")

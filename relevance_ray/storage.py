@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -286,6 +287,7 @@ class CommitLog:
             "rows": table.num_rows,
             "checksum": hashlib.blake2b(data, digest_size=16).hexdigest(),
             "fingerprint": fingerprint,
+            "committed": round(time.time(), 3),
             **(extra or {}),
         }
         place, content = self._commit_file(shard), json.dumps(record).encode()

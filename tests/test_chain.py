@@ -11,12 +11,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from tiny_training import COLORS, THINGS, agreement, build_tiny_encoder
 
 from relevance_ray import storage
 from relevance_ray.config import build_config
+from relevance_ray.data.market import products
+from relevance_ray.data.market_queries import judgments, queries
+from relevance_ray.data.market_truth import MARKET_SCALE
 from relevance_ray.errors import UserError
 from relevance_ray.step_folders import STEPS, StepFolders
 from relevance_ray.steps import Chain
@@ -99,6 +104,43 @@ def test_a_finished_chain_is_skipped_and_growth_does_only_what_is_new(tmp_path: 
     back = Chain(build_config(values(tmp_path, encoder)), said.append).run()
     assert back.folders == first.folders
     assert not any("human labels alone" in line for line in said)
+
+
+def write_shop(folder: Path, num_new: int) -> None:
+    """A shop's files: 400 products with their judgments, and so many new products before and between them, with new
+    queries of the log."""
+    folder.mkdir()
+    catalog = products(0, 0, 400 + num_new)
+    order = [*range(400, 400 + num_new // 2), *range(200), *range(400 + num_new // 2, 400 + num_new), *range(200, 400)]
+    pq.write_table(catalog.take(order), folder / "products.parquet")
+    judged = judgments(0, 400)
+    pq.write_table(judged.select(["query_id", "query", "product_id", "grade"]), folder / "judgments.parquet")
+    texts = queries(0, 500, 700 + num_new)
+    pq.write_table(pa.table({"query": texts, "frequency": [1] * len(texts)}), folder / "log.parquet")
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_nightly_catalog_keeps_its_teacher_and_labels_only_what_is_new(tmp_path: Path, encoder: Path) -> None:
+    runs = []
+    for night, num_new in enumerate((0, 8)):
+        shop = tmp_path / f"night-{night}"
+        write_shop(shop, num_new)
+        run = values(tmp_path / "root", encoder, source="log", num_pairs=1200)
+        run["data"] = {
+            "format": "generic",
+            "path": str(shop),
+            "queries": str(shop / "log.parquet"),
+            "scale": MARKET_SCALE.to_dict(),
+        }
+        runs.append(Chain(build_config(run)).run("label"))
+    first, second = runs
+    assert second.folders["prepare"] != first.folders["prepare"]
+    assert second.folders["train-teacher"] == first.folders["train-teacher"]
+    assert second.folders["label"] == first.folders["label"]
+    summary = second.summaries["label"]
+    assert summary["pairs"] == 1200
+    # 2% of the products and 4% of the queries are new.
+    assert 0.85 * 1200 < summary["reused"] < 1200
 
 
 def test_ctrl_c_while_labeling_loses_nothing_that_was_committed(tmp_path: Path, encoder: Path) -> None:

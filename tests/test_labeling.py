@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from relevance_ray.engines.base import Labels, Pair
-from relevance_ray.labeling.pipeline import label, shards_to_label
+from relevance_ray.labeling.pipeline import Shard, label, shards_to_label
 from relevance_ray.labeling.shard import count_errors, label_groups
 from relevance_ray.schema import GROUP, LABELED_GROUP, pair_id, product_fields
 from relevance_ray.storage import CommitLog
@@ -54,7 +54,7 @@ class LengthEngine:
 
 def test_labels_stand_beside_their_products_and_a_failed_row_keeps_its_place(tmp_path: Path) -> None:
     groups = pa.concat_tables([make_groups(0, 2), make_groups(100, 101, products=11)])
-    labeled = label_groups(groups.slice(1), LengthEngine(tmp_path / "calls"))
+    labeled = label_groups(groups.slice(1), lambda: LengthEngine(tmp_path / "calls"))
     assert labeled.schema == LABELED_GROUP
     first, second = labeled.to_pylist()
     assert [row["logit"] for row in first["products"]] == [7.0, 7.0, 7.0]
@@ -91,13 +91,13 @@ def test_a_resumed_run_labels_only_what_is_missing_and_growth_only_what_is_new(t
     run = partial(label, folder=out, fingerprint="t", open_engine=partial(LengthEngine, calls), num_actors=2)
 
     shards = shards_to_label(groups, list(groups.committed()))
-    assert run(shards) == {"shards": 3, "skipped": 0, "pairs": 90, "errors": 0, "set_aside": {}}
+    assert run(shards) == {"shards": 3, "skipped": 0, "pairs": 90, "errors": 0, "reused": 0, "set_aside": {}}
     before = {name: record["checksum"] for name, record in CommitLog(out).committed().items()}
 
     CommitLog(out).drop(shards[1].label_name)
     groups.commit("groups-0000000030-0000000035", make_groups(30, 35), "g", {"pairs": 15})
     grown = shards_to_label(groups, list(groups.committed()))
-    assert run(grown) == {"shards": 4, "skipped": 2, "pairs": 105, "errors": 0, "set_aside": {}}
+    assert run(grown) == {"shards": 4, "skipped": 2, "pairs": 105, "errors": 0, "reused": 0, "set_aside": {}}
     assert sorted(calls.read_text().split("\n")) == sorted(
         ["", "query 0", "query 10", "query 20", "query 10", "query 30"]
     )
@@ -113,3 +113,60 @@ def test_labels_are_kept_under_the_content_of_their_shard(tmp_path: Path) -> Non
     groups_again.commit("groups-0000000000-0000000002", make_groups(5, 7), "g", {"pairs": 6})
     (other,) = shards_to_label(groups_again, list(groups_again.committed()))
     assert shard.label_name != other.label_name
+
+
+class NotingEngine(LengthEngine):
+    """Writes down every pair that it is asked for."""
+
+    def label(self, pairs: Sequence[Pair]) -> Labels:
+        with self.calls.open("a") as file:
+            file.writelines(f"{pair.query}/{pair.product_id}\n" for pair in pairs)
+        lengths = np.array([len(pair.query) + len(pair.product["title"]) for pair in pairs], dtype=np.float32)
+        return Labels(np.stack([np.zeros_like(lengths), lengths], axis=1), [None] * len(pairs), [None] * len(pairs))
+
+
+def commit_groups(folder: Path, tables: Sequence[pa.Table]) -> list[Shard]:
+    log = CommitLog(str(folder))
+    for number, table in enumerate(tables):
+        pairs = len(table.column("products").combine_chunks().flatten())
+        log.commit(f"groups-{number:03d}", table, "generated", {"pairs": pairs})
+    return shards_to_label(log, [f"groups-{number:03d}" for number in range(len(tables))])
+
+
+def test_a_nightly_run_asks_only_for_what_is_new(ray_sees_this_module: None, tmp_path: Path) -> None:
+    out, calls = tmp_path / "label", tmp_path / "calls"
+    first = commit_groups(tmp_path / "monday", [make_groups(0, 20), make_groups(20, 40)])
+    label(first, str(out), "key", partial(NotingEngine, calls))
+    assert len(calls.read_text().splitlines()) == 120
+
+    # A query is new, one has a new product, one product has another title; all shards are cut elsewhere.
+    groups = [*make_groups(0, 13).to_pylist(), *make_groups(900, 901).to_pylist(), *make_groups(13, 40).to_pylist()]
+    groups[3]["products"] += [make_groups(3, 4, products=5).to_pylist()[0]["products"][4]]
+    groups[30]["products"][1]["fields"]["title"] = "another title"
+    groups[35]["query"] = "Query 34"
+    expected = {
+        *(f"query 900/p{n}" for n in range(3)),
+        "query 3/p4",
+        "query 29/p1",
+        *(f"Query 34/p{n}" for n in range(3)),  # a model may well see upper case
+    }
+    tables = [pa.Table.from_pylist(groups[at : at + 11], schema=GROUP) for at in range(0, len(groups), 11)]
+    calls.unlink()
+    second = commit_groups(tmp_path / "tuesday", tables)
+    summary = label(second, str(out), "key", partial(NotingEngine, calls))
+    assert set(calls.read_text().splitlines()) == expected
+    assert summary["pairs"] == 41 * 3 + 1
+    assert summary["reused"] == summary["pairs"] - len(expected)
+    log = CommitLog(str(out))
+    labeled = pa.concat_tables([log.read(shard.label_name) for shard in second])
+    assert labeled.select(["query", "query_id"]).equals(pa.concat_tables(tables).select(["query", "query_id"]))
+    for row in labeled.to_pylist():
+        for product in row["products"]:
+            assert product["logit"] == len(row["query"]) + len(product["fields"]["title"])
+            assert product["class_logits"] == [0.0, product["logit"]]
+
+    # Nothing new at all, in other shards: the engine is not even opened.
+    calls.unlink()
+    third = commit_groups(tmp_path / "wednesday", [pa.concat_tables(tables)])
+    assert label(third, str(out), "key", partial(NotingEngine, calls))["reused"] == summary["pairs"]
+    assert not calls.exists()

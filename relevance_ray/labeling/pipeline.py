@@ -19,7 +19,8 @@ import pyarrow as pa
 from relevance_ray.engines.base import Engine
 from relevance_ray.errors import UserError
 from relevance_ray.labeling.attempts import Attempts, shards_set_aside, sweep_marks, take_back
-from relevance_ray.labeling.shard import count_errors, label_groups, relabel_failed
+from relevance_ray.labeling.earlier import EarlierLabels, build_index
+from relevance_ray.labeling.shard import Known, count_errors, known_rows, label_groups
 from relevance_ray.progress import Progress
 from relevance_ray.storage import CommitLog, read_table
 from relevance_ray.watchdog import StalledError, watchdog
@@ -62,8 +63,9 @@ class ShardLabeler:
     the shard is set aside.
     """
 
-    def __init__(self, folder: str, fingerprint: str, open_engine: EngineFactory, run: str) -> None:
+    def __init__(self, folder: str, fingerprint: str, open_engine: EngineFactory, run: str, index: str = "") -> None:
         self._log, self._attempts = CommitLog(folder), Attempts(folder, run)
+        self._earlier = EarlierLabels(folder, index) if index else None
         self._fingerprint, self._open_engine = fingerprint, open_engine
         self._engine: Engine | None = None  # opened by the first shard, where its errors can be told
 
@@ -71,10 +73,10 @@ class ShardLabeler:
         """What became of each shard. What ends the job is told, not raised: Ray Data would strip an error of its kind."""
         results: list[dict[str, Any]] = []
         for path, name, previous in zip(batch["path"], batch["label_name"], batch["previous"], strict=True):
-            result = {"label_name": name, "labeled": False, "pairs": 0, "errors": 0, "user_error": ""}
+            result = {"label_name": name, "labeled": False, "pairs": 0, "errors": 0, "reused": 0, "user_error": ""}
             try:
                 if (record := self._label(str(path), str(name), str(previous))) is not None:
-                    result |= {"labeled": True, "pairs": record["pairs"], "errors": record["errors"]}
+                    result |= {"labeled": True, **{key: record.get(key, 0) for key in ("pairs", "errors", "reused")}}
             except UserError as error:
                 result["user_error"] = str(error)
             results.append(result)
@@ -86,7 +88,7 @@ class ShardLabeler:
             return record  # committed by a try whose process died before it could say so
         while (attempt := self._attempts.begin(name)) is not None:
             try:
-                labeled = self._label_once(path, previous)
+                labeled, reused = self._label_once(path, previous)
             except UserError:
                 raise
             except Exception as error:  # noqa: BLE001 (whatever an engine raises is written down, and bounded)
@@ -94,7 +96,7 @@ class ShardLabeler:
                 self._drop_engine(error)
                 continue
             num_pairs = len(labeled.column("products").combine_chunks().flatten())
-            counts = {"pairs": num_pairs, "errors": count_errors(labeled)}
+            counts = {"pairs": num_pairs, "errors": count_errors(labeled), "reused": reused}
             if previous:
                 old_file = previous.rsplit("/", 1)[-1]
                 self._log.replace(name, labeled, self._fingerprint, counts, instead_of=old_file)
@@ -105,11 +107,20 @@ class ShardLabeler:
         self._attempts.set_aside(name)
         return None
 
-    def _label_once(self, path: str, previous: str) -> pa.Table:
-        self._engine = self._engine or self._open_engine()
+    def _label_once(self, path: str, previous: str) -> tuple[pa.Table, int]:
+        """The labels of a shard, and how many of them are taken over from earlier ones."""
         if previous:
-            return relabel_failed(read_table(previous), self._engine)
-        return label_groups(read_table(path), self._engine)
+            groups = read_table(previous)
+            known: Known | None = known_rows(groups)
+        else:
+            groups = read_table(path)
+            known = self._earlier.known(groups) if self._earlier is not None else None
+        labeled = label_groups(groups, self._opened, known)
+        return labeled, 0 if previous or known is None else len(known.rows)
+
+    def _opened(self) -> Engine:
+        self._engine = self._engine or self._open_engine()
+        return self._engine
 
     def _drop_engine(self, error: Exception) -> None:
         if "CUDA error" in str(error):
@@ -143,7 +154,8 @@ def label(
         no_progress_seconds: end the job, resumable, after so long without a shard; 0 waits for ever.
 
     Returns:
-        Counts over all the shards: `pairs`, `errors`, how many `shards` there are and were `skipped`; and `set_aside`,
+        Counts over all the shards: `pairs`, `errors`, how many `shards` there are and were `skipped`, how many pairs' labels
+        were `reused` from earlier shards now; and `set_aside`,
         shard -> why, of those that failed `MAX_ATTEMPTS` times and have no labels.
 
     Raises:
@@ -172,9 +184,11 @@ def label(
     if progress is not None:
         progress.restart(sum(record["pairs"] for record in done))
         progress.update(failures=sum(record["errors"] for record in done))
+    reused = 0
     if rows:
         run = uuid.uuid4().hex[:12]
-        actor = (folder, fingerprint, open_engine, run)
+        index = "" if retry else _index_earlier(folder, shards, progress)
+        actor = (folder, fingerprint, open_engine, run, index)
         patience = f"{no_progress_seconds / 60:g} minutes"
         message = (
             f"no shard was labeled in {patience}, so the job was ended and what was in flight set aside; the same command "
@@ -188,6 +202,7 @@ def label(
                         beat()
                         failed_in_row.clear()
                         take_back(folder, row["label_name"])
+                        reused += int(row["reused"])
                         if progress is not None:
                             progress.advance(int(row["pairs"]), failures=int(row["errors"]))
                         continue
@@ -207,8 +222,20 @@ def label(
         "skipped": len(done),
         "pairs": sum(record["pairs"] for record in records),
         "errors": sum(record["errors"] for record in records),
+        "reused": reused,
         "set_aside": {name: why[name] for name in without if name in why},
     }
+
+
+def _index_earlier(folder: str, shards: Sequence[Shard], progress: Progress | None) -> str:
+    def show(read: int, of: int) -> None:
+        if progress is not None:
+            progress.update(stage=f"earlier labels {read}/{of}")
+
+    index = build_index(folder, {shard.label_name for shard in shards}, show)
+    if progress is not None:
+        progress.extra.pop("stage", None)
+    return index
 
 
 def _has_errors(committed: Mapping[str, Mapping[str, Any]], shard: Shard) -> bool:

@@ -6,12 +6,15 @@ went in, so that a shard's labels can be checked against it row by row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from relevance_ray.calibration import logit_of_classes
-from relevance_ray.engines.base import Engine, Labels, Pair
+from relevance_ray.engines.base import Engine, Pair
 from relevance_ray.schema import LABELED_GROUP
 
 
@@ -24,52 +27,91 @@ def pairs_of(groups: pa.Table) -> list[Pair]:
     ]
 
 
-def label_groups(groups: pa.Table, engine: Engine) -> pa.Table:
-    """GROUP table -> LABELED_GROUP table: per product the engine's class logits, their one logit, and its error."""
-    return _with_labels(groups, engine.label(pairs_of(groups)), engine.gains)
+@dataclass(frozen=True)
+class Known:
+    """Labels of m of the n pairs of a table that need not be asked for.
+
+    Attributes:
+        rows: int64 [m], which of the pairs, rising.
+        class_logits: float32 [m, K].
+        logits: float32 [m].
+        rationales: m reasonings, or None each.
+    """
+
+    rows: np.ndarray
+    class_logits: np.ndarray
+    logits: np.ndarray
+    rationales: list[str | None]
 
 
-def relabel_failed(labeled: pa.Table, engine: Engine) -> pa.Table:
-    """A LABELED_GROUP table with its failed rows labeled anew by the same engine, and all others as they were."""
+def known_rows(labeled: pa.Table) -> Known:
+    """What a LABELED_GROUP table knows of its own pairs: all but the failed rows."""
     flat = labeled.column("products").combine_chunks().flatten()
-    failed = np.flatnonzero(flat.field("error").is_valid().to_numpy(zero_copy_only=False))
-    pairs = pairs_of(labeled)
-    found = engine.label([pairs[row] for row in failed])
-    width = found.class_logits.shape[1]
-    class_logits = np.full((len(pairs), width), np.nan, dtype=np.float32)
-    kept = np.ones(len(pairs), dtype=bool)
-    kept[failed] = False
-    class_logits[kept] = flat.field("class_logits").drop_null().flatten().to_numpy().reshape(-1, width)
-    class_logits[failed] = found.class_logits
-    errors: list[str | None] = [None] * len(pairs)
-    rationales = flat.field("rationale").to_pylist()
-    for row, error, rationale in zip(failed, found.errors, found.rationales, strict=True):
-        errors[row], rationales[row] = error, rationale
-    return _with_labels(labeled, Labels(class_logits, errors, rationales), engine.gains)
+    rows = np.flatnonzero(flat.field("error").is_null().to_numpy(zero_copy_only=False))
+    kept = flat.take(pa.array(rows))
+    class_logits = kept.field("class_logits").flatten().to_numpy()
+    return Known(
+        rows,
+        class_logits.reshape(len(rows), -1) if len(rows) else np.empty((0, 0), dtype=np.float32),
+        kept.field("logit").to_numpy(),
+        kept.field("rationale").to_pylist(),
+    )
 
 
-def _with_labels(groups: pa.Table, labels: Labels, gains: tuple[float, ...]) -> pa.Table:
-    num_pairs = len(labels.errors)
-    failed = np.array([error is not None for error in labels.errors], dtype=bool)
-    logit = np.zeros(num_pairs, dtype=np.float32)
-    logit[~failed] = logit_of_classes(labels.class_logits[~failed], gains)
-    not_finite = ~failed & ~np.isfinite(logit)
-    errors = list(labels.errors)
-    for row in np.flatnonzero(not_finite):
-        errors[row] = "the engine returned logits that are not finite"
-    failed |= not_finite
+def label_groups(groups: pa.Table, open_engine: Callable[[], Engine], known: Known | None = None) -> pa.Table:
+    """GROUP table -> LABELED_GROUP table: per product the engine's class logits, their one logit, and its error.
 
-    width = labels.class_logits.shape[1]
-    values = pa.array(labels.class_logits.reshape(-1), pa.float32())
-    class_logits = pa.ListArray.from_arrays(np.arange(0, (num_pairs + 1) * width, width, dtype=np.int32), values)
-    class_logits = pc.if_else(pa.array(failed), pa.scalar(None, class_logits.type), class_logits)
+    Args:
+        groups: a GROUP table, or a LABELED_GROUP table whose labels are dropped.
+        open_engine: gives the engine; not called where every pair is known.
+        known: labels to take over.
+    """
+    num_pairs = len(groups.column("products").combine_chunks().flatten())
+    asked = np.ones(num_pairs, dtype=bool)
+    if known is not None:
+        asked[known.rows] = False
+    errors: list[str | None] = [None] * num_pairs
+    rationales: list[str | None] = [None] * num_pairs
+    logits = np.zeros(num_pairs, dtype=np.float32)
+    rows = np.flatnonzero(asked)
+    if len(rows) or known is None:
+        engine, pairs = open_engine(), pairs_of(groups)
+        found = engine.label([pairs[row] for row in rows])
+        class_logits = np.full((num_pairs, len(engine.gains)), np.nan, dtype=np.float32)
+        class_logits[rows] = found.class_logits
+        for row, error, rationale in zip(rows, found.errors, found.rationales, strict=True):
+            errors[row], rationales[row] = error, rationale
+        fit = np.asarray([row for row in rows if errors[row] is None], dtype=np.int64)
+        logits[fit] = logit_of_classes(class_logits[fit], engine.gains)
+        for row in fit[~np.isfinite(logits[fit])]:
+            errors[row] = "the engine returned logits that are not finite"
+    else:
+        class_logits = np.full((num_pairs, known.class_logits.shape[1]), np.nan, dtype=np.float32)
+    if known is not None and len(known.rows):
+        class_logits[known.rows], logits[known.rows] = known.class_logits, known.logits
+        for row, rationale in zip(known.rows, known.rationales, strict=True):
+            rationales[row] = rationale
+    return _with_labels(groups, logits, class_logits, errors, rationales)
+
+
+def _with_labels(
+    groups: pa.Table,
+    logits: np.ndarray,
+    class_logits: np.ndarray,
+    errors: list[str | None],
+    rationales: list[str | None],
+) -> pa.Table:
+    failed = np.array([error is not None for error in errors], dtype=bool)
+    num_pairs, width = class_logits.shape
+    values = pa.array(class_logits.reshape(-1), pa.float32())
+    lists = pa.ListArray.from_arrays(np.arange(0, (num_pairs + 1) * width, width, dtype=np.int32), values)
 
     products = groups.column("products").combine_chunks()
     candidates = products.flatten()
     columns = {field.name: candidates.field(field.name) for field in candidates.type}
-    columns["logit"] = pa.array(logit, pa.float32(), mask=failed)
-    columns["class_logits"] = class_logits
-    columns["rationale"] = pa.array(labels.rationales, pa.string())
+    columns["logit"] = pa.array(logits, pa.float32(), mask=failed)
+    columns["class_logits"] = pc.if_else(pa.array(failed), pa.scalar(None, lists.type), lists)
+    columns["rationale"] = pa.array(rationales, pa.string())
     columns["error"] = pa.array(errors, pa.string())
     struct = LABELED_GROUP.field("products").type.value_type
     flat = pa.StructArray.from_arrays([columns[field.name].cast(field.type) for field in struct], fields=list(struct))
