@@ -21,7 +21,7 @@ from typing import Any
 
 from market_shards import write_shards
 
-from relevance_ray.engines.base import EngineOptions
+from relevance_ray.engines.options import EngineOptions
 from relevance_ray.engines.registry import open_engine
 from relevance_ray.labeling.pipeline import Shard, label
 from relevance_ray.labeling.shard import pairs_of

@@ -17,7 +17,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from relevance_ray.data.source import DataOptions
-from relevance_ray.engines.base import EngineOptions
+from relevance_ray.engines.options import EngineOptions
 from relevance_ray.errors import UserError
 from relevance_ray.evaluation.options import EvaluateOptions
 from relevance_ray.generate.options import GenerateOptions

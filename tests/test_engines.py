@@ -16,11 +16,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Llam
 
 from relevance_ray.calibration import logit_of_classes
 from relevance_ray.engines import bm25
-from relevance_ray.engines.base import EngineOptions, Pair
+from relevance_ray.engines.base import Pair
 from relevance_ray.engines.bi_encoder import TextEncoder, build_bi_encoder_folder, embed_texts
 from relevance_ray.engines.encoding import PairEncoder, token_batches
 from relevance_ray.engines.ensemble import build_ensemble_folder, fit_stack, stack_logits
 from relevance_ray.engines.file import FileEngine
+from relevance_ray.engines.options import EngineOptions
 from relevance_ray.engines.registry import load_pair_model, open_engine
 from relevance_ray.errors import UserError
 from relevance_ray.model_folder import ModelInfo, ModelKind, finish_folder

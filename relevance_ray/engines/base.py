@@ -10,13 +10,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from relevance_ray.calibration import logit_of_classes
 from relevance_ray.model_folder import ModelInfo
-from relevance_ray.options import STRICT, option
 from relevance_ray.templates import TEXT_FIELDS, attribute_pairs
 
 SINGLE_LOGIT_GAINS = (0.0, 1.0)
@@ -127,37 +126,6 @@ class ModelEngine:
 
     def label(self, pairs: Sequence[Pair]) -> Labels:
         return self.model.label_rows([pair.query for pair in pairs], [pair.product for pair in pairs])
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """Who labels the groups."""
-
-    __pydantic_config__ = STRICT
-
-    engine: Literal["transformers", "oracle", "file"] = option(
-        "transformers",
-        "who labels: `transformers` (the trained teacher), `file` (labels you have), `oracle` (the market's truth)",
-    )
-    path: str = option(
-        "", "file engine: a Parquet, CSV or JSON-lines file with query, product_id and grade or logit", operational=True
-    )
-    noise: float = option(0.0, "oracle engine: chance that a label is a neighbouring grade instead of the true one")
-    max_batch_tokens: int = option(8192, "padded tokens in one forward pass", operational=True)
-    device: str = option("auto", 'a torch device, or "auto": the GPU where there is one', operational=True)
-    num_threads: int = option(0, "CPU threads of one engine; 0 leaves torch's own choice", operational=True)
-
-    def __post_init__(self) -> None:
-        if self.max_batch_tokens < 1:
-            raise ValueError(f"max_batch_tokens {self.max_batch_tokens} must be at least 1")
-        if self.num_threads < 0:
-            raise ValueError(f"num_threads {self.num_threads} must not be negative")
-        if not 0.0 <= self.noise < 1.0:
-            raise ValueError(f"noise {self.noise} must be in [0, 1)")
-        if (self.engine == "file") != bool(self.path):
-            raise ValueError("`path`, the file of labels, goes with engine `file`: give both or neither")
-        if self.noise and self.engine != "oracle":
-            raise ValueError(f"noise {self.noise} is only read with engine `oracle`; remove it")
 
 
 def row_error(query: Any, product: Any) -> str | None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from relevance_ray.engines.base import Engine, EngineOptions, FolderModel, ModelEngine
+from relevance_ray.engines.base import Engine, FolderModel, ModelEngine
+from relevance_ray.engines.options import EngineOptions
 from relevance_ray.errors import UserError
 from relevance_ray.model_folder import read_model_info
 from relevance_ray.schema import LabelScale
@@ -77,6 +78,12 @@ def open_engine(
         from relevance_ray.engines.oracle import OracleEngine
 
         return OracleEngine(scale, noise=options.noise)
+    if options.engine == "openai":
+        from relevance_ray.engines.grading import GradingEngine
+        from relevance_ray.engines.openai import OpenAIGenerator
+
+        endpoint = options.openai
+        return GradingEngine(OpenAIGenerator(endpoint), scale, endpoint.fields, endpoint.guidelines)
     if model is None:
         raise UserError("the transformers engine needs a teacher; run train-teacher first or give its model folder")
     model = localize(str(model))

@@ -1,0 +1,77 @@
+"""The options of labeling: which engine, and what each may be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from relevance_ray.options import STRICT, option
+from relevance_ray.templates import Template
+
+
+@dataclass(frozen=True)
+class OpenAIOptions:
+    """A language model behind an endpoint that speaks OpenAI's chat protocol."""
+
+    __pydantic_config__ = STRICT
+
+    model: str = option("", "the model's name at the endpoint")
+    base_url: str = option(
+        "", "address of the endpoint, such as http://host:8000/v1; empty: OpenAI's own", operational=True
+    )
+    api_key_env: str = option("OPENAI_API_KEY", "environment variable that holds the key", operational=True)
+    concurrency: int = option(32, "requests of one actor under way at once", operational=True)
+    requests_per_minute: float = option(0.0, "most requests one actor sends a minute; 0: no limit", operational=True)
+    timeout_seconds: float = option(60.0, "for one request", operational=True)
+    max_retries: int = option(
+        8, "of a request refused for load or lost on the way, with growing pauses", operational=True
+    )
+    fields: list[str] = option(
+        ["title", "brand", "color", "category", "description", "attributes"], "what the model reads of a product"
+    )
+    guidelines: str = option("", "the shop's own rules for judging, told to the model")
+    extra_body: dict[str, Any] = option({}, "more for the body of each request, as the endpoint takes it")
+
+    def __post_init__(self) -> None:
+        Template(fields=tuple(self.fields))  # refuses unknown ones
+        for name in ("concurrency", "timeout_seconds"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be more than 0")
+        for name in ("requests_per_minute", "max_retries"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative")
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Who labels the groups."""
+
+    __pydantic_config__ = STRICT
+
+    engine: Literal["transformers", "openai", "oracle", "file"] = option(
+        "transformers",
+        "who labels: `transformers` (the trained teacher), `openai` (a model behind an endpoint that speaks OpenAI's "
+        "protocol, asked for a grade), `file` (labels you have), `oracle` (the market's truth)",
+    )
+    path: str = option(
+        "", "file engine: a Parquet, CSV or JSON-lines file with query, product_id and grade or logit", operational=True
+    )
+    noise: float = option(0.0, "oracle engine: chance that a label is a neighbouring grade instead of the true one")
+    max_batch_tokens: int = option(8192, "padded tokens in one forward pass", operational=True)
+    device: str = option("auto", 'a torch device, or "auto": the GPU where there is one', operational=True)
+    openai: OpenAIOptions = option(OpenAIOptions(), "openai engine: the endpoint and what it is asked")
+    num_threads: int = option(0, "CPU threads of one engine; 0 leaves torch's own choice", operational=True)
+
+    def __post_init__(self) -> None:
+        if self.max_batch_tokens < 1:
+            raise ValueError(f"max_batch_tokens {self.max_batch_tokens} must be at least 1")
+        if self.num_threads < 0:
+            raise ValueError(f"num_threads {self.num_threads} must not be negative")
+        if not 0.0 <= self.noise < 1.0:
+            raise ValueError(f"noise {self.noise} must be in [0, 1)")
+        if (self.engine == "file") != bool(self.path):
+            raise ValueError("`path`, the file of labels, goes with engine `file`: give both or neither")
+        if self.noise and self.engine != "oracle":
+            raise ValueError(f"noise {self.noise} is only read with engine `oracle`; remove it")
+        if (self.engine == "openai") != bool(self.openai.model):
+            raise ValueError("`openai.model`, the name of a model, goes with engine `openai`: give both or neither")
