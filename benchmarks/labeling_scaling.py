@@ -35,6 +35,7 @@ class SleepingEngine:
     """Takes as long as an engine that labels `rate` pairs a second."""
 
     gains: tuple[float, ...] = (0.0, 1.0)
+    num_tokens = 0
 
     def __init__(self, rate: float) -> None:
         self.rate = rate

@@ -7,12 +7,24 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import sys
 import time
 from typing import Any, TextIO
 
 TTY_SECONDS = 0.2
 PLAIN_SECONDS = 10.0
+
+
+def memory_used() -> int:
+    """Bytes of main memory that this process holds, its share of what it shares included (PSS where the system tells it,
+    else the resident set)."""
+    try:
+        with open("/proc/self/smaps_rollup", encoding="ascii") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
 
 
 class Progress:
@@ -120,7 +132,9 @@ class Progress:
 
 
 def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _clock(seconds: float) -> str:

@@ -30,6 +30,7 @@ class SlowEngine:
     """The logit is a function of the pair's id alone."""
 
     gains = (0.0, 1.0)
+    num_tokens = 0
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds

@@ -39,6 +39,7 @@ class LengthEngine:
     """A real engine of its own, small: the logit is the length of the query, and each call leaves a line in a file."""
 
     gains = (0.0, 1.0)
+    num_tokens = 0
 
     def __init__(self, calls: Path) -> None:
         self.calls = calls

@@ -45,6 +45,7 @@ class TroubledEngine:
     row. A file `mended` in the folder ends all trouble. Every call leaves the pairs it was asked in a file."""
 
     gains = (0.0, 1.0)
+    num_tokens = 0
 
     def __init__(self, folder: Path, trouble: dict[str, str]) -> None:
         self.folder, self.trouble = folder, trouble

@@ -52,9 +52,17 @@ class Labels:
 
 
 class Engine(Protocol):
-    """Labels pairs. `gains` has the length K of its class logits: (0, 1) for models of one logit."""
+    """Labels pairs.
+
+    Attributes:
+        gains: of its K class logits; (0, 1) for models of one logit.
+        num_tokens: tokens it has read and written so far; 0 for one that knows none.
+    """
 
     gains: tuple[float, ...]
+
+    @property
+    def num_tokens(self) -> int: ...
 
     def label(self, pairs: Sequence[Pair]) -> Labels: ...
 
@@ -81,6 +89,11 @@ class FolderModel(ABC):
 
     info: ModelInfo
     gains: tuple[float, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens it has read so far, padding not counted."""
+        return 0
 
     @abstractmethod
     def _forward(
@@ -123,6 +136,10 @@ class ModelEngine:
     def __init__(self, model: FolderModel) -> None:
         self.model = model
         self.gains = model.gains
+
+    @property
+    def num_tokens(self) -> int:
+        return self.model.num_tokens
 
     def label(self, pairs: Sequence[Pair]) -> Labels:
         return self.model.label_rows([pair.query for pair in pairs], [pair.product for pair in pairs])

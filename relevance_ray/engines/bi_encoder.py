@@ -31,6 +31,9 @@ class TextEncoder:
     Args:
         folder: any `save_pretrained` folder of an encoder.
         max_tokens: a longer text is cut.
+
+    Attributes:
+        num_tokens: read so far.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class TextEncoder:
         max_batch_tokens: int = DEFAULT_BATCH_TOKENS,
         max_tokens: int = 128,
     ) -> None:
+        self.num_tokens = 0
         self.device = pick_device(device)
         self.max_batch_tokens = max_batch_tokens
         self.max_tokens = max_tokens
@@ -63,6 +67,7 @@ class TextEncoder:
     def _embed_distinct(self, texts: list[str]) -> np.ndarray:
         encoded = self.tokenizer(texts, truncation=True, max_length=self.max_tokens, padding=False)
         lengths = np.asarray([len(ids) for ids in encoded["input_ids"]])
+        self.num_tokens += int(lengths.sum())
         vectors = np.zeros((len(texts), self.dimension), dtype=np.float32)
         with torch.inference_mode():
             for rows in token_batches(lengths, self.max_batch_tokens):
@@ -92,6 +97,10 @@ class BiEncoderModel(FolderModel):
         self.encoder = TextEncoder(folder, device, max_batch_tokens, self.info.template.max_tokens)
         self.logit_scale = float(self.info.extra["logit_scale"])
         self.bias = float(self.info.extra["bias"])
+
+    @property
+    def num_tokens(self) -> int:
+        return self.encoder.num_tokens
 
     def _forward(
         self, queries: Sequence[str], products: Sequence[Mapping[str, Any]]

@@ -8,13 +8,18 @@ a seam from tokenising its whole text, the same way in training as in serving.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from relevance_ray.templates import Template
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 
 @dataclass(slots=True)
@@ -169,6 +174,18 @@ class PairEncoder:
         self._tail = self._literal(after)
         has_types = "token_type_ids" in self.tokenizer.model_input_names
         self._types = (0, 0) if has_types else None
+
+
+def ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
+    """`make(item)` of each item in turn, each made by a thread while the caller is at work on the one before."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = deque[Future[Made]]()
+        for item in items:
+            waiting.append(pool.submit(make, item))
+            if len(waiting) > 1:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def token_batches(lengths: Sequence[int] | np.ndarray, max_batch_tokens: int) -> list[np.ndarray]:

@@ -129,6 +129,10 @@ class EnsembleModel(FolderModel):
         self.members = list(members)
         assert len(self.members) == len(self.stack["mean"]), (len(self.members), self.stack)
 
+    @property
+    def num_tokens(self) -> int:
+        return sum(member.num_tokens for member in self.members)
+
     def _forward(
         self, queries: Sequence[str], products: Sequence[Mapping[str, Any]]
     ) -> tuple[np.ndarray, list[str | None]]:

@@ -36,6 +36,8 @@ class FileEngine:
             two different labels of one pair.
     """
 
+    num_tokens = 0
+
     def __init__(self, path: str | Path, scale: LabelScale, label_smoothing: float = 0.1) -> None:
         self.path, self.label_smoothing = Path(path), label_smoothing
         table = _read(self.path)

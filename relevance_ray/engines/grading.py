@@ -48,6 +48,7 @@ class GradingEngine:
                 f"label scale {scale.name!r} has {scale.num_classes} grades; a grading model takes 26 at most"
             )
         self.gains = scale.gains
+        self.num_tokens = 0
         self._generator = generator
         self._template = Template(fields=tuple(fields))
         self._letters = tuple(string.ascii_uppercase[: scale.num_classes])
@@ -74,6 +75,7 @@ class GradingEngine:
         conversations = [self.conversation(pairs[row].query, pairs[row].product) for row in fit]
         answers = self._generator.generate(conversations, Sampling(max_tokens=1, choices=self._letters))
         for row, answer in zip(fit, answers, strict=True):
+            self.num_tokens += answer.prompt_tokens + answer.completion_tokens
             if answer.error is not None:
                 errors[row] = answer.error
             elif answer.choice_logits is None or not np.isfinite(answer.choice_logits).all():

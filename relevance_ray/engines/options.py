@@ -58,6 +58,9 @@ class EngineOptions:
     )
     noise: float = option(0.0, "oracle engine: chance that a label is a neighbouring grade instead of the true one")
     max_batch_tokens: int = option(8192, "padded tokens in one forward pass", operational=True)
+    compile: bool = option(
+        False, "run the teacher through torch.compile; pays after some minutes of labeling", operational=True
+    )
     device: str = option("auto", 'a torch device, or "auto": the GPU where there is one', operational=True)
     openai: OpenAIOptions = option(OpenAIOptions(), "openai engine: the endpoint and what it is asked")
     num_threads: int = option(0, "CPU threads of one engine; 0 leaves torch's own choice", operational=True)

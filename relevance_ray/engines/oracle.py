@@ -31,6 +31,8 @@ class OracleEngine:
         UserError: for another scale than the market's.
     """
 
+    num_tokens = 0
+
     def __init__(self, scale: LabelScale, noise: float = 0.0) -> None:
         if scale != MARKET_SCALE:
             raise UserError(

@@ -22,6 +22,8 @@ def load_pair_model(
     device: str = "auto",
     num_threads: int | None = None,
     max_batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    *,
+    compiled: bool = False,
 ) -> FolderModel:
     """Load any model folder.
 
@@ -30,6 +32,7 @@ def load_pair_model(
         device: a torch device, or "auto".
         num_threads: CPU threads of torch in this process; None or 0 leaves them.
         max_batch_tokens: padded tokens of one forward pass.
+        compiled: run cross-encoders and classifiers through `torch.compile`.
 
     Raises:
         UserError: no model folder.
@@ -42,7 +45,10 @@ def load_pair_model(
     if kind == "ensemble":
         from relevance_ray.engines.ensemble import EnsembleModel, member_folders
 
-        members = [load_pair_model(path, device, num_threads, max_batch_tokens) for path in member_folders(folder)]
+        members = [
+            load_pair_model(path, device, num_threads, max_batch_tokens, compiled=compiled)
+            for path in member_folders(folder)
+        ]
         return EnsembleModel(folder, members)
     import torch
 
@@ -54,7 +60,7 @@ def load_pair_model(
         return BiEncoderModel(folder, device, max_batch_tokens)
     from relevance_ray.engines.transformers import SequenceModel
 
-    return SequenceModel(folder, device, max_batch_tokens)
+    return SequenceModel(folder, device, max_batch_tokens, compiled=compiled)
 
 
 def open_engine(
@@ -87,4 +93,6 @@ def open_engine(
     if model is None:
         raise UserError("the transformers engine needs a teacher; run train-teacher first or give its model folder")
     model = localize(str(model))
-    return ModelEngine(load_pair_model(model, options.device, options.num_threads, options.max_batch_tokens))
+    return ModelEngine(
+        load_pair_model(model, options.device, options.num_threads, options.max_batch_tokens, compiled=options.compile)
+    )

@@ -9,6 +9,7 @@ growing set of groups is labeled only where it is new.
 from __future__ import annotations
 
 import os
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from relevance_ray.errors import UserError
 from relevance_ray.labeling.attempts import Attempts, shards_set_aside, sweep_marks, take_back
 from relevance_ray.labeling.earlier import EarlierLabels, build_index
 from relevance_ray.labeling.shard import Known, count_errors, known_rows, label_groups
-from relevance_ray.progress import Progress
+from relevance_ray.progress import Progress, memory_used
 from relevance_ray.storage import CommitLog, read_table
 from relevance_ray.watchdog import StalledError, watchdog
 
@@ -72,6 +73,7 @@ class ShardLabeler:
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         """What became of each shard. What ends the job is told, not raised: Ray Data would strip an error of its kind."""
         results: list[dict[str, Any]] = []
+        tokens = self._tokens()
         for path, name, previous in zip(batch["path"], batch["label_name"], batch["previous"], strict=True):
             result = {"label_name": name, "labeled": False, "pairs": 0, "errors": 0, "reused": 0, "user_error": ""}
             try:
@@ -79,6 +81,9 @@ class ShardLabeler:
                     result |= {"labeled": True, **{key: record.get(key, 0) for key in ("pairs", "errors", "reused")}}
             except UserError as error:
                 result["user_error"] = str(error)
+            # An engine opened anew counts from 0.
+            result["tokens"], tokens = max(0, self._tokens() - tokens), self._tokens()
+            result["memory"] = memory_used()
             results.append(result)
         return {key: [result[key] for result in results] for key in results[0]}
 
@@ -117,6 +122,9 @@ class ShardLabeler:
             known = self._earlier.known(groups) if self._earlier is not None else None
         labeled = label_groups(groups, self._opened, known)
         return labeled, 0 if previous or known is None else len(known.rows)
+
+    def _tokens(self) -> int:
+        return 0 if self._engine is None else self._engine.num_tokens
 
     def _opened(self) -> Engine:
         self._engine = self._engine or self._open_engine()
@@ -195,6 +203,7 @@ def label(
             "goes on with the rest (or raise resources.no_progress_minutes)"
         )
         failed_in_row: list[str] = []
+        gauges = _Gauges()
         try:
             with watchdog(no_progress_seconds, message) as beat:
                 for row in _run_pool(rows, actor, min(num_actors, len(rows)), num_cpus, num_gpus):
@@ -204,7 +213,8 @@ def label(
                         take_back(folder, row["label_name"])
                         reused += int(row["reused"])
                         if progress is not None:
-                            progress.advance(int(row["pairs"]), failures=int(row["errors"]))
+                            gauges.add(row)
+                            progress.advance(int(row["pairs"]), failures=int(row["errors"]), **gauges.shown())
                         continue
                     failed_in_row.append(row["label_name"])
                     if len(failed_in_row) > MAX_FAILED_IN_ROW + num_actors:
@@ -225,6 +235,23 @@ def label(
         "reused": reused,
         "set_aside": {name: why[name] for name in without if name in why},
     }
+
+
+class _Gauges:
+    """What the live line shows beside pairs and failures."""
+
+    def __init__(self) -> None:
+        self._started, self._tokens, self._memory = time.monotonic(), 0, 0
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        self._tokens += int(row["tokens"])
+        self._memory = max(self._memory, int(row["memory"]))
+
+    def shown(self) -> dict[str, float]:
+        """Tokens a second over all actors, and the memory of the largest one beside the driver's."""
+        seconds = time.monotonic() - self._started
+        memory = {"actor_gb": self._memory / 1e9, "driver_gb": memory_used() / 1e9}
+        return {"tokens_per_second": self._tokens / seconds, **memory} if self._tokens else memory
 
 
 def _index_earlier(folder: str, shards: Sequence[Shard], progress: Progress | None) -> str:
