@@ -105,6 +105,30 @@ _step_command("train-student", "Distill the student.")
 _step_command("evaluate", "Compare all models on held-out human judgments.")
 
 
+@app.command()
+def plan(
+    config: ConfigPath,
+    set_: Overrides = None,
+    pairs_per_second: Annotated[
+        float | None, typer.Option(help="Of one engine, where you know it; otherwise it is measured here.")
+    ] = None,
+    gpu_hour_price: Annotated[float | None, typer.Option(help="For the cost, in any currency.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What labeling will take, before it is spent: pairs, tokens, hours, storage, cost."""
+    import json
+
+    from relevance_ray.planning import describe, describe_last, plan_labeling
+
+    loaded = _load(config, set_)
+    found = plan_labeling(loaded, pairs_per_second, gpu_hour_price)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=1))
+        return
+    for line in (*describe(found), *describe_last(loaded.storage.root)):
+        typer.echo(line)
+
+
 @app.command("retry-failed")
 def retry_failed(root: Root) -> None:
     """Label again what failed at a root, and nothing else; run the configuration again to train on it."""

@@ -23,6 +23,7 @@ from relevance_ray.data.market import products
 from relevance_ray.data.market_queries import judgments, queries
 from relevance_ray.data.market_truth import MARKET_SCALE
 from relevance_ray.errors import UserError
+from relevance_ray.planning import plan_labeling
 from relevance_ray.step_folders import STEPS, StepFolders
 from relevance_ray.steps import Chain
 from relevance_ray.storage import CommitLog
@@ -56,6 +57,11 @@ def values(root: Path, encoder: Path, **generate: Any) -> dict[str, Any]:
     }
 
 
+def stored(folder: str) -> float:
+    """Gigabytes of a step's data."""
+    return sum(path.stat().st_size for path in (Path(folder) / "data").iterdir()) / 1e9
+
+
 def heed_interrupts() -> None:
     """A job in the background, as tests may be, ignores SIGINT and hands that on; someone at a terminal does not."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -70,6 +76,9 @@ def cli(*arguments: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_finished_chain_is_skipped_and_growth_does_only_what_is_new(tmp_path: Path, encoder: Path) -> None:
     said: list[str] = []
+    plan = plan_labeling(build_config(values(tmp_path / "root", encoder)), gpu_hour_price=2.0, seconds=0.2)
+    assert not list(tmp_path.iterdir()), "a plan writes nothing"
+    tmp_path = tmp_path / "root"
     first = Chain(build_config(values(tmp_path, encoder)), said.append).run()
     assert [line.split(":")[0] for line in said if "running (" in line] == list(STEPS)
     latest = json.loads((tmp_path / "latest.json").read_text())
@@ -78,6 +87,19 @@ def test_a_finished_chain_is_skipped_and_growth_does_only_what_is_new(tmp_path: 
     report = json.loads((Path(latest["evaluate"]) / "report.json").read_text())
     assert {"student", "teacher", "human_only", "bm25", "random"} <= set(report["splits"]["test"]["models"])
     assert (Path(latest["evaluate"]) / "report.md").is_file()
+
+    # What was planned against what it took.
+    took = first.summaries["label"]
+    assert plan.pairs == took["pairs"] == 800
+    assert plan.tokens == pytest.approx(took["tokens"], rel=0.1)
+    assert plan.label_gigabytes == pytest.approx(stored(first.folders["label"]), rel=0.35)
+    assert plan.generate_gigabytes == pytest.approx(stored(first.folders["generate"]), rel=0.35)
+    assert plan.pairs_per_second is not None
+    assert plan.hours == pytest.approx(800 / plan.pairs_per_second / 3600)
+    assert (plan.gpu_hours, plan.cost) == (0.0, 0.0)
+    after = plan_labeling(build_config(values(tmp_path, encoder, num_pairs=1000)), pairs_per_second=50.0)
+    assert after.sample == "what is generated"
+    assert after.tokens_per_pair == pytest.approx(took["tokens"] / 800, rel=0.02)
 
     said.clear()
     again = Chain(build_config(values(tmp_path, encoder)), said.append).run()

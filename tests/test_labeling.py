@@ -92,13 +92,29 @@ def test_a_resumed_run_labels_only_what_is_missing_and_growth_only_what_is_new(t
     run = partial(label, folder=out, fingerprint="t", open_engine=partial(LengthEngine, calls), num_actors=2)
 
     shards = shards_to_label(groups, list(groups.committed()))
-    assert run(shards) == {"shards": 3, "skipped": 0, "pairs": 90, "errors": 0, "reused": 0, "set_aside": {}}
+    assert run(shards) == {
+        "shards": 3,
+        "skipped": 0,
+        "pairs": 90,
+        "errors": 0,
+        "reused": 0,
+        "tokens": 0,
+        "set_aside": {},
+    }
     before = {name: record["checksum"] for name, record in CommitLog(out).committed().items()}
 
     CommitLog(out).drop(shards[1].label_name)
     groups.commit("groups-0000000030-0000000035", make_groups(30, 35), "g", {"pairs": 15})
     grown = shards_to_label(groups, list(groups.committed()))
-    assert run(grown) == {"shards": 4, "skipped": 2, "pairs": 105, "errors": 0, "reused": 0, "set_aside": {}}
+    assert run(grown) == {
+        "shards": 4,
+        "skipped": 2,
+        "pairs": 105,
+        "errors": 0,
+        "reused": 0,
+        "tokens": 0,
+        "set_aside": {},
+    }
     assert sorted(calls.read_text().split("\n")) == sorted(
         ["", "query 0", "query 10", "query 20", "query 10", "query 30"]
     )

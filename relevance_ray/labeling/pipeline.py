@@ -53,6 +53,10 @@ def label_name(shard: str, checksum: str) -> str:
     return f"{shard}-{checksum[:12]}"
 
 
+_COUNTS = ("pairs", "errors", "reused", "tokens")
+"""What the record of a labeled shard counts."""
+
+
 class EngineFailedError(Exception):
     """An engine failed on one shard after another: the job ends instead of giving all of them up."""
 
@@ -73,16 +77,13 @@ class ShardLabeler:
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         """What became of each shard. What ends the job is told, not raised: Ray Data would strip an error of its kind."""
         results: list[dict[str, Any]] = []
-        tokens = self._tokens()
         for path, name, previous in zip(batch["path"], batch["label_name"], batch["previous"], strict=True):
-            result = {"label_name": name, "labeled": False, "pairs": 0, "errors": 0, "reused": 0, "user_error": ""}
+            result = {"label_name": name, "labeled": False, **dict.fromkeys(_COUNTS, 0), "user_error": ""}
             try:
                 if (record := self._label(str(path), str(name), str(previous))) is not None:
-                    result |= {"labeled": True, **{key: record.get(key, 0) for key in ("pairs", "errors", "reused")}}
+                    result |= {"labeled": True, **{key: record.get(key, 0) for key in _COUNTS}}
             except UserError as error:
                 result["user_error"] = str(error)
-            # An engine opened anew counts from 0.
-            result["tokens"], tokens = max(0, self._tokens() - tokens), self._tokens()
             result["memory"] = memory_used()
             results.append(result)
         return {key: [result[key] for result in results] for key in results[0]}
@@ -93,7 +94,7 @@ class ShardLabeler:
             return record  # committed by a try whose process died before it could say so
         while (attempt := self._attempts.begin(name)) is not None:
             try:
-                labeled, reused = self._label_once(path, previous)
+                labeled, reused, tokens = self._label_once(path, previous)
             except UserError:
                 raise
             except Exception as error:  # noqa: BLE001 (whatever an engine raises is written down, and bounded)
@@ -101,7 +102,7 @@ class ShardLabeler:
                 self._drop_engine(error)
                 continue
             num_pairs = len(labeled.column("products").combine_chunks().flatten())
-            counts = {"pairs": num_pairs, "errors": count_errors(labeled), "reused": reused}
+            counts = {"pairs": num_pairs, "errors": count_errors(labeled), "reused": reused, "tokens": tokens}
             if previous:
                 old_file = previous.rsplit("/", 1)[-1]
                 self._log.replace(name, labeled, self._fingerprint, counts, instead_of=old_file)
@@ -112,19 +113,18 @@ class ShardLabeler:
         self._attempts.set_aside(name)
         return None
 
-    def _label_once(self, path: str, previous: str) -> tuple[pa.Table, int]:
-        """The labels of a shard, and how many of them are taken over from earlier ones."""
+    def _label_once(self, path: str, previous: str) -> tuple[pa.Table, int, int]:
+        """The labels of a shard, how many of them are taken over from earlier ones, and the tokens that the others took."""
         if previous:
             groups = read_table(previous)
             known: Known | None = known_rows(groups)
         else:
             groups = read_table(path)
             known = self._earlier.known(groups) if self._earlier is not None else None
+        before = self._engine.num_tokens if self._engine is not None else 0
         labeled = label_groups(groups, self._opened, known)
-        return labeled, 0 if previous or known is None else len(known.rows)
-
-    def _tokens(self) -> int:
-        return 0 if self._engine is None else self._engine.num_tokens
+        tokens = self._engine.num_tokens - before if self._engine is not None else 0
+        return labeled, 0 if previous or known is None else len(known.rows), tokens
 
     def _opened(self) -> Engine:
         self._engine = self._engine or self._open_engine()
@@ -163,7 +163,7 @@ def label(
 
     Returns:
         Counts over all the shards: `pairs`, `errors`, how many `shards` there are and were `skipped`, how many pairs' labels
-        were `reused` from earlier shards now; and `set_aside`,
+        were `reused` from earlier shards now; the `tokens` that labeling took; and `set_aside`,
         shard -> why, of those that failed `MAX_ATTEMPTS` times and have no labels.
 
     Raises:
@@ -233,6 +233,7 @@ def label(
         "pairs": sum(record["pairs"] for record in records),
         "errors": sum(record["errors"] for record in records),
         "reused": reused,
+        "tokens": sum(record.get("tokens", 0) for record in records),
         "set_aside": {name: why[name] for name in without if name in why},
     }
 

@@ -76,6 +76,38 @@ def train_teacher(
     return trainer.classifier(options, out_dir, work_dir)
 
 
+def build_untrained(options: TeacherOptions, scale: LabelScale, products: Products, out_dir: Path) -> Path:
+    """A teacher that reads what the trained one will and takes as long, for a plan; its labels mean nothing.
+
+    Args:
+        products: gives some products, for the words of a BM25 member.
+        out_dir: a folder that is not there yet; the model folder is returned.
+    """
+    if options.kind != "ensemble":
+        return _untrained_member(options, options.kind, scale, products, out_dir / "model")
+    members = [
+        _untrained_member(member, member.kind, scale, products, out_dir / str(number))
+        for number, member in enumerate(options.members)
+    ]
+    equal = {"mean": [0.0], "spread": [1.0], "weights": [1.0]}
+    stack = {name: value * len(members) for name, value in equal.items()}
+    return build_ensemble_folder(
+        members, {**stack, "slope": 1.0, "bias": [0.0] * scale.num_classes}, scale, out_dir / "model"
+    )
+
+
+def _untrained_member(
+    member: TeacherMemberOptions, kind: str, scale: LabelScale, products: Products, folder: Path
+) -> Path:
+    if kind == "classifier":
+        build_classifier(member, scale, folder, member.fit.seed)
+    elif kind == "bi_encoder":
+        build_bi_encoder_folder(resolve_model(member.model), scale, folder, member.template(causal=False))
+    else:
+        build_bm25_folder(products(), member.template(causal=False), scale, folder)
+    return folder
+
+
 class _Trainer:
     """What all kinds of teacher need at hand."""
 
@@ -114,12 +146,8 @@ class _Trainer:
         if (summary := finished_summary(out_dir)) is not None:
             return summary
         plain = work_dir / "plain"
-        template = options.template(causal=False)
         if not plain.exists():
-            if kind == "bi_encoder":
-                build_bi_encoder_folder(resolve_model(options.model), self.scale, plain, template)
-            else:
-                build_bm25_folder(self.products(), template, self.scale, plain)
+            _untrained_member(options, kind, self.scale, self.products, plain)
         calibration = calibrate(self._logits(plain, "dev"), self.judged_file, self.scale)
         summary = {"labels": "none", "kind": kind}
         _publish(plain, out_dir, calibration, summary)
