@@ -393,3 +393,22 @@ def test_wrong_engine_options_are_refused() -> None:
     ):
         with pytest.raises(ValueError):  # noqa: PT011 - one sentence for each option
             EngineOptions(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_a_compiled_model_gives_the_same_logits(cross_encoder: Path) -> None:
+    plain, compiled = load_pair_model(cross_encoder), load_pair_model(cross_encoder, compiled=True)
+    np.testing.assert_allclose(
+        compiled.class_logits(QUERIES * 9, PRODUCTS * 9), plain.class_logits(QUERIES * 9, PRODUCTS * 9), atol=1e-4
+    )
+
+
+def test_windows_of_rows_come_out_in_order(cross_encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_pair_model(cross_encoder)
+    whole = model.label_rows([*QUERIES, "", *QUERIES], [*PRODUCTS, {"title": "x"}, *PRODUCTS])
+    read = model.num_tokens
+    monkeypatch.setattr("relevance_ray.engines.transformers._WINDOW_ROWS", 3)
+    parted = model.label_rows([*QUERIES, "", *QUERIES], [*PRODUCTS, {"title": "x"}, *PRODUCTS])
+    np.testing.assert_allclose(parted.class_logits, whole.class_logits, atol=1e-5)
+    assert parted.errors == whole.errors
+    assert model.num_tokens == 2 * read > 0
