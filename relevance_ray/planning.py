@@ -24,10 +24,11 @@ from relevance_ray.data.readers import open_source
 from relevance_ray.engines.base import Engine, Labels, Pair
 from relevance_ray.errors import UserError
 from relevance_ray.labeling.shard import label_groups, pairs_of
+from relevance_ray.model_folder import read_model_info
 from relevance_ray.models import resolve_model
 from relevance_ray.schema import GROUP, PRODUCT, LabelScale, pair_id, product_fields, query_id
 from relevance_ray.step_folders import StepFolders
-from relevance_ray.storage import CommitLog, exists, join, read_json, table_bytes
+from relevance_ray.storage import CommitLog, exists, join, localize, read_json, table_bytes
 from relevance_ray.templates import Template
 
 if TYPE_CHECKING:
@@ -225,7 +226,7 @@ def _measure(
     if config.label.engine == "openai":
         return None, "not known"
     with tempfile.TemporaryDirectory(prefix="plan-", ignore_cleanup_errors=True) as work:
-        folder = _teacher(config, at, scale, groups, Path(work)) if at.trains_teacher else None
+        folder = _teacher(config, at, scale, groups, Path(work)) if config.label.runs_teacher else None
         options = replace(config.label, num_threads=config.label.num_threads or config.resources.cpus_per_label_actor)
         engine = open_engine(options, folder, scale, config.data.label_smoothing)
         rate = _rate(engine, pairs_of(groups), seconds)
@@ -249,8 +250,9 @@ def _rate(engine: Engine, pairs: Sequence[Pair], seconds: float) -> float:
 
 def _teacher(config: Config, at: StepFolders, scale: LabelScale, groups: pa.Table, work: Path) -> str:
     """The teacher's folder where it is trained, else that of one that takes as long."""
-    if exists(join(at.folder("prepare"), "step.json")) and at.is_done("train-teacher"):
-        return join(at.folder("train-teacher"), "model")
+    trained = at.trains_teacher and exists(join(at.folder("prepare"), "step.json")) and at.is_done("train-teacher")
+    if (folder := at.teacher()) is not None and (trained or not at.trains_teacher):
+        return folder
     from relevance_ray.training.teacher import build_untrained
 
     fields = [product["fields"] for group in groups["products"].to_pylist() for product in group]
@@ -288,19 +290,33 @@ def _token_counters(config: Config, scale: LabelScale) -> Iterator[Callable[[Seq
     from transformers import AutoTokenizer
 
     from relevance_ray.engines.encoding import PairEncoder
+
+    for kind, source, template in _readers(config):
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        if kind == "bi_encoder":
+            yield partial(_text_tokens, tokenizer, template)
+        else:
+            yield partial(_pair_tokens, PairEncoder(tokenizer, template))
+
+
+def _readers(config: Config) -> Iterator[tuple[str, str, Template]]:
+    """Kind, source and template of each model of the teacher that reads tokens."""
+    from relevance_ray.engines.ensemble import member_folders
     from relevance_ray.engines.sequence import is_causal
 
+    if config.label.model:
+        folder = localize(config.label.model)
+        kind = read_model_info(folder).kind
+        for place in member_folders(folder) if kind == "ensemble" else [folder]:
+            info = read_model_info(place)
+            if info.kind != "bm25":
+                yield info.kind, str(place), info.template
+        return
     teacher = config.teacher
     for member in teacher.members if teacher.kind == "ensemble" else [teacher]:
-        if member.kind == "bm25":
-            continue
-        source = resolve_model(member.model)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        if member.kind == "classifier":
-            encoder = PairEncoder(tokenizer, member.template(causal=is_causal(source)))
-            yield partial(_pair_tokens, encoder)
-        else:
-            yield partial(_text_tokens, tokenizer, member.template(causal=False))
+        if member.kind != "bm25":
+            source = str(resolve_model(member.model))
+            yield member.kind, source, member.template(causal=member.kind == "classifier" and is_causal(source))
 
 
 def _pair_tokens(encoder: PairEncoder, pairs: Sequence[Pair]) -> np.ndarray:

@@ -45,7 +45,7 @@ class StepFolders:
         self.config = config
         root = config.storage.root.removeprefix("file://").rstrip("/")
         self.root = root if is_remote(root) else str(Path(root).absolute())
-        self.trains_teacher = config.label.engine == "transformers"
+        self.trains_teacher = config.label.runs_teacher and not config.label.model
         self.steps = tuple(step for step in STEPS if step != "train-teacher" or self.trains_teacher)
         self._keys: dict[str, str] = {}
 
@@ -70,6 +70,8 @@ class StepFolders:
         if step == "label":
             if self.trains_teacher:
                 return [self.key("train-teacher"), semantic(config.label)]
+            if config.label.model:
+                return [content_id(config.label.model), semantic(config.label)]
             file = content_id(config.label.path) if config.label.path else ""
             meaning = [semantic(config.data)[name] for name in ("format", "scale", "label_smoothing")]
             return [semantic(config.label), file, *meaning]
@@ -77,7 +79,8 @@ class StepFolders:
             records = CommitLog(self.folder("label")).committed()
             labels = [records[name]["checksum"] for name in self.labeled_shards()]
             return [self.key("prepare"), semantic(config.student), labels]
-        teacher = self.key("train-teacher") if self.trains_teacher else ""
+        given = content_id(config.label.model) if config.label.model else ""
+        teacher = self.key("train-teacher") if self.trains_teacher else given
         return [self.key("prepare"), self.key("train-student"), teacher, semantic(config.evaluate)]
 
     def judged_key(self) -> str:
@@ -90,6 +93,10 @@ class StepFolders:
 
     def folder(self, step: str) -> str:
         return join(self.root, f"{step}-{self.key(step)}")
+
+    def teacher(self) -> str | None:
+        """The model folder that labels: the one trained here, the one given, or none."""
+        return join(self.folder("train-teacher"), "model") if self.trains_teacher else self.config.label.model or None
 
     def target(self, step: str) -> dict[str, Any]:
         """How much of a growing step is asked for; a finished step that reached less goes on."""
@@ -124,7 +131,8 @@ class StepFolders:
             raise UserError(f"--until {until} is none of {', '.join(STEPS)}")
         if until not in self.steps:
             raise UserError(
-                f"with label.engine={self.config.label.engine} no teacher is trained; set label.engine=transformers"
+                "no teacher is trained where label.model names one, or with an engine that is none of ours; "
+                "set label.engine=transformers and no label.model"
             )
         wanted = {until}
         for step in reversed(STEPS):

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from relevance_ray.config import Config
+from relevance_ray.errors import UserError
+from relevance_ray.model_folder import read_model_info
 from relevance_ray.options import semantic
 from relevance_ray.progress import Progress
 from relevance_ray.ray_session import check_resources, ray_session
+from relevance_ray.schema import LabelScale
 from relevance_ray.step_folders import VERSIONS, StepFolders
 from relevance_ray.storage import (
     CommitLog,
@@ -149,9 +152,11 @@ class StepWork:
         from relevance_ray.labeling.pipeline import label
 
         shards = self.at.shards()
-        model = join(self.at.folder("train-teacher"), "model") if self.at.trains_teacher else None
+        model = self.at.teacher()
         resources = self.config.resources
         scale, smoothing = read_scale(self._prepared()), self.config.data.label_smoothing
+        if self.config.label.model:
+            _check_scale(self.config.label.model, scale)
         factory = partial(open_engine, self.config.label, model, scale, smoothing)
         if model is None:
             factory()  # out of an actor, what the user must mend in a file of labels would be no `UserError` any more
@@ -220,12 +225,11 @@ class StepWork:
         """Model folders that `evaluate` compares, by name, in the order of the report; after a run all are there."""
         from relevance_ray.data.prepare import iter_products, read_judged, read_scale
         from relevance_ray.evaluation.baselines import build_baselines
-        from relevance_ray.model_folder import read_model_info
 
         prepared = self._prepared()
         folders = {"student": localize(join(self.at.folder("train-student"), "model"))}
-        if self.at.trains_teacher:
-            folders["teacher"] = localize(join(self.at.folder("train-teacher"), "model"))
+        if (teacher := self.at.teacher()) is not None:
+            folders["teacher"] = localize(teacher)
         folders["human_only"] = self._human_only()
         return folders | build_baselines(
             self.config.evaluate,
@@ -264,24 +268,25 @@ class StepWork:
 
     def _about(self) -> dict[str, str]:
         config = self.config
-        teacher = config.teacher
-        members = ", ".join(
-            member.kind if member.kind == "bm25" else f"{member.kind} {member.model}" for member in teacher.members
-        )
         labels = read_json(join(self.at.folder("label"), "step.json"))["summary"]
         return {
             "data": f"{config.data.format} {config.data.path or config.data.market_size}",
-            "teacher": (
-                f"ensemble of {members}"
-                if members
-                else f"{teacher.kind} {teacher.model}"
-                if self.at.trains_teacher
-                else f"none: labels from engine {config.label.engine}"
-            ),
+            "teacher": self._about_teacher(),
             "labeled pairs": f"{labels['pairs']:,} ({labels['errors']:,} failed)",
             "student": f"{config.student.kind} {config.student.model}, level weight {config.student.level_weight}",
             "root": self.at.root,
         }
+
+    def _about_teacher(self) -> str:
+        config, teacher = self.config, self.config.teacher
+        if not self.at.trains_teacher:
+            return config.label.model or f"none: labels from engine {config.label.engine}"
+        if teacher.kind != "ensemble":
+            return f"{teacher.kind} {teacher.model}"
+        members = (
+            member.kind if member.kind == "bm25" else f"{member.kind} {member.model}" for member in teacher.members
+        )
+        return f"ensemble of {', '.join(members)}"
 
 
 @contextlib.contextmanager
@@ -292,6 +297,16 @@ def _model_in(folder: str, work: Path) -> Iterator[Path]:
         return
     yield work / "model"
     publish_folder(work / "model", join(folder, "model"))
+
+
+def _check_scale(model: str, scale: LabelScale) -> None:
+    """Refuse a teacher whose classes are others than the data's."""
+    given = read_model_info(localize(model)).scale
+    if (given.grades, given.gains) != (scale.grades, scale.gains):
+        raise UserError(
+            f"label.model {model} grades {', '.join(given.grades)} with gains {list(given.gains)}, the data "
+            f"{', '.join(scale.grades)} with {list(scale.gains)}; give a teacher of the same scale"
+        )
 
 
 def _show_training(progress: Progress, record: dict[str, Any]) -> None:

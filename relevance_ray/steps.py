@@ -116,9 +116,14 @@ class Chain:
                 f"storage.root {config.storage.root} lies within data.path {config.data.path}, so each run would change "
                 "its own data; choose a folder elsewhere"
             )
-        for key, path in (("generate.pairs_file", config.generate.pairs_file), ("label.path", config.label.path)):
+        files = {
+            "generate.pairs_file": config.generate.pairs_file,
+            "label.path": config.label.path,
+            "label.model": config.label.model,
+        }
+        for key, path in files.items():
             if path and key.split(".")[0] in steps and not exists(path):
-                raise UserError(f"{key} {path} does not exist; name the file")
+                raise UserError(f"{key} {path} does not exist; name the {'folder' if key == 'label.model' else 'file'}")
         check_reachable(self.at.root)
         for model, num_layers in self._models(steps):
             check_layers(model, resolve_model(model), num_layers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -126,6 +127,23 @@ def test_a_finished_chain_is_skipped_and_growth_does_only_what_is_new(tmp_path: 
     back = Chain(build_config(values(tmp_path, encoder)), said.append).run()
     assert back.folders == first.folders
     assert not any("human labels alone" in line for line in said)
+
+    given = values(tmp_path, encoder)
+    given["label"] = {"model": latest["teacher"]}
+    labeled = Chain(build_config(given), said.append).run("label")
+    assert list(labeled.folders) == ["prepare", "generate", "label"]
+    tables = [
+        CommitLog(folder).read(sorted(before)[0]) for folder in (labeled.folders["label"], first.folders["label"])
+    ]
+    assert tables[0].equals(tables[1])
+    info = json.loads((Path(latest["teacher"]) / "relevance.json").read_text())
+    info["scale"]["gains"][1] = 0.2
+    other = tmp_path / "other_scale"
+    shutil.copytree(latest["teacher"], other)
+    (other / "relevance.json").write_text(json.dumps(info))
+    given["label"] = {"model": str(other)}
+    with pytest.raises(UserError, match="give a teacher of the same scale"):
+        Chain(build_config(given), said.append).run("label")
 
 
 def write_shop(folder: Path, num_new: int) -> None:

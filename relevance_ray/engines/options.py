@@ -53,6 +53,9 @@ class EngineOptions:
         "who labels: `transformers` (the trained teacher), `openai` (a model behind an endpoint that speaks OpenAI's "
         "protocol, asked for a grade), `file` (labels you have), `oracle` (the market's truth)",
     )
+    model: str = option(
+        "", "a teacher's model folder that labels, local or s3://; empty: one is trained here", operational=True
+    )
     path: str = option(
         "", "file engine: a Parquet, CSV or JSON-lines file with query, product_id and grade or logit", operational=True
     )
@@ -76,5 +79,12 @@ class EngineOptions:
             raise ValueError("`path`, the file of labels, goes with engine `file`: give both or neither")
         if self.noise and self.engine != "oracle":
             raise ValueError(f"noise {self.noise} is only read with engine `oracle`; remove it")
+        if self.model and not self.runs_teacher:
+            raise ValueError(f"model {self.model} is not read with engine `{self.engine}`; remove it")
         if (self.engine == "openai") != bool(self.openai.model):
             raise ValueError("`openai.model`, the name of a model, goes with engine `openai`: give both or neither")
+
+    @property
+    def runs_teacher(self) -> bool:
+        """Whether the engine runs a model folder of ours."""
+        return self.engine == "transformers"
