@@ -43,6 +43,20 @@ def file_format(path: Path) -> FileFormat:
     return FORMATS[path.suffix.lower()]
 
 
+def check_text(batch: pa.RecordBatch, path: str | Path, first_row: int) -> None:
+    """Refuse text that is no UTF-8, which Arrow reads from Parquet without a word; `UserError` names row and column."""
+    try:
+        batch.validate(full=True)
+    except pa.ArrowInvalid as error:
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            for row, value in enumerate(column, start=first_row):
+                try:
+                    value.as_py()
+                except UnicodeDecodeError:
+                    raise UserError(f"{path}, row {row}: {name} is no UTF-8 text; mend it or drop the row") from error
+        raise
+
+
 @dataclass(frozen=True)
 class Batch:
     """Consecutive rows of a file, the first being number `first_row`. `table` is there when the file is Parquet."""
@@ -119,6 +133,7 @@ class RowReader:
                     ) from error
                 if batch is None:
                     return
+                check_text(batch, self.path, first_row)
                 table = pa.Table.from_batches([batch])
                 wanted = table if columns is None else table.select(list(columns))
                 yield Batch(first_row, wanted.to_pylist(maps_as_pydicts="lossy"), table)

@@ -11,7 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from relevance_ray.data.market_truth import MARKET_SCALE
 from relevance_ray.engines.base import Labels, Pair
+from relevance_ray.engines.options import EngineOptions
+from relevance_ray.engines.registry import open_engine
 from relevance_ray.labeling.pipeline import Shard, label, shards_to_label
 from relevance_ray.labeling.shard import count_errors, label_groups
 from relevance_ray.schema import GROUP, LABELED_GROUP, pair_id, product_fields
@@ -130,6 +133,53 @@ def test_labels_are_kept_under_the_content_of_their_shard(tmp_path: Path) -> Non
     groups_again.commit("groups-0000000000-0000000002", make_groups(5, 7), "g", {"pairs": 6})
     (other,) = shards_to_label(groups_again, list(groups_again.committed()))
     assert shard.label_name != other.label_name
+
+
+def with_bytes(groups: pa.Table, marker: str, raw: bytes) -> pa.Table:
+    """A table with text that is no UTF-8 in the place of a marker of the same length, as Parquet files may hold it."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, groups.schema) as writer:
+        writer.write_table(groups)
+    content = sink.getvalue().to_pybytes()
+    assert len(marker) == len(raw)
+    assert content.count(marker.encode()) == 1
+    return pa.ipc.open_stream(content.replace(marker.encode(), raw)).read_all()
+
+
+def test_a_shard_with_rotten_rows_names_them_and_labels_the_others(ray_sees_this_module: None, tmp_path: Path) -> None:
+    rows = make_groups(0, 3, products=6).to_pylist()
+    for group in rows:
+        for product in group["products"]:
+            product["fields"] |= {"title": "red steel bottle", "attributes": []}
+    rotten = {
+        "NUL": rows[0]["products"][0]["fields"],
+        "characters": rows[0]["products"][1]["fields"],
+        "Unicode": rows[1]["products"][2]["fields"],
+        "mapping": rows[1]["products"][3],
+    }
+    rotten["NUL"]["title"] = "a\x00b"
+    rotten["characters"]["description"] = "x" * 1_000_000
+    rotten["Unicode"]["brand"] = "@MARKER@"
+    rotten["mapping"]["fields"] = None
+    rows[2]["query"] = " "
+    shards = commit_groups(
+        tmp_path / "groups",
+        [with_bytes(pa.Table.from_pylist(rows, schema=GROUP), "@MARKER@", b"caf\xe9 \xff!!"), make_groups(5, 6)],
+    )
+    out = tmp_path / "label"
+    factory = partial(open_engine, EngineOptions(engine="oracle"), None, MARKET_SCALE)
+    summary = label(shards, str(out), "key", factory)
+    assert (summary["pairs"], summary["errors"], summary["set_aside"]) == (21, 4 + 6, {})
+    labeled = CommitLog(str(out)).read(shards[0].label_name)
+    errors = labeled.column("products").combine_chunks().flatten().field("error").to_pylist()
+    failed = {index: error for index, error in enumerate(errors) if error is not None}
+    assert list(failed) == [0, 1, 8, 9, *range(12, 18)]
+    for number, word in zip((0, 1, 8, 9, 12), (*rotten, "empty"), strict=True):
+        assert word in failed[number]
+    logits = labeled.column("products").combine_chunks().flatten().field("logit").to_pylist()
+    assert all((logit is None) == (index in failed) for index, logit in enumerate(logits))
+    again = label(shards, str(out), "key", factory, retry=True)
+    assert again["errors"] == 10
 
 
 class NotingEngine(LengthEngine):

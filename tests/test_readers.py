@@ -10,12 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from relevance_ray.data.files import query_log
+from relevance_ray.data.files import blocks, query_log
 from relevance_ray.data.prepare import iter_products, prepare, read_judged, read_queries, read_scale
 from relevance_ray.data.readers import open_source
 from relevance_ray.data.source import DataOptions
 from relevance_ray.data.splits import check_no_leak
 from relevance_ray.errors import UserError
+from relevance_ray.row_files import RowReader
 from relevance_ray.schema import JUDGED_GROUP, JUDGMENT, PRODUCT, QUERY, pair_id
 
 NUM_QUERIES = 60
@@ -285,3 +286,15 @@ def test_a_negative_frequency_and_a_mapped_column_that_is_not_there_are_refused(
     options = DataOptions(format="generic", path=str(tmp_path), scale="binary", columns=columns)
     with pytest.raises(UserError, match="lacks the column 'maker'"):
         list(open_source(options).products())
+
+
+def test_text_that_is_no_utf8_is_named_with_its_row(tmp_path: Path) -> None:
+    titles = pa.array([b"red tent", b"caf\xe9 table"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"product_id": ["1", "2"], "title": titles}), tmp_path / "products.parquet")
+    with pytest.raises(UserError, match=r"products.parquet, row 2: title is no UTF-8 text"):
+        list(blocks(tmp_path / "products.parquet", ["product_id", "title"]))
+    with pytest.raises(UserError, match=r"products.parquet, row 2: title is no UTF-8 text"):
+        list(RowReader(tmp_path / "products.parquet").batches(10))
+    (tmp_path / "log.jsonl").write_text('{"query": "tent \\u00e9"}\n{"query": "half \\ud83d"}\n')
+    with pytest.raises(UserError, match=r"log.jsonl, line 2: an escape is half a character"):
+        list(blocks(tmp_path / "log.jsonl", ["query"]))

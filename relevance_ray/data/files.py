@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from relevance_ray.data.source import BLOCK_ROWS
 from relevance_ray.errors import UserError
+from relevance_ray.row_files import check_text
 from relevance_ray.schema import PRODUCT, QUERY
 
 _CSV_BLOCK_BYTES = 1 << 26
@@ -176,6 +177,7 @@ def _parquet(path: Path, required: Sequence[str], optional: Sequence[str]) -> It
                 raise UserError(f"{path} breaks off after row {row} ({_first_line(error)}); write it again") from error
             if batch is None:
                 return
+            check_text(batch, path, row + 1)
             row += batch.num_rows
             yield pa.Table.from_batches([batch])
 
@@ -219,12 +221,27 @@ def _json_lines(path: Path, required: Sequence[str], optional: Sequence[str]) ->
                     raise UserError(f"{path}, line {number}: no JSON ({error}); write one object a line") from error
                 if not isinstance(row, dict):
                     raise UserError(f"{path}, line {number}: not a JSON object; write one object a line")
+                if _is_half_a_character(line, row):
+                    raise UserError(
+                        f"{path}, line {number}: an escape is half a character (\\ud800 and its like); mend it"
+                    )
                 for name in required:
                     if name not in row:
                         raise UserError(f"{path}, line {number} lacks the key {name!r}; rename or map one")
                 rows.append(row)
             names = [*required, *(name for name in optional if any(name in row for row in rows))]
             yield pa.table({name: _json_column([row.get(name) for row in rows]) for name in names})
+
+
+def _is_half_a_character(line: bytes, row: dict[str, Any]) -> bool:
+    """Whether a line holds a lone surrogate, which JSON may spell and no text may hold."""
+    if b"\\u" not in line:
+        return False
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _json_column(values: list[Any]) -> pa.Array:

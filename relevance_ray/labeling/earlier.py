@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from relevance_ray.labeling.shard import Known, known_rows
+from relevance_ray.labeling.shard import Known, known_rows, pairs_of, rows_of
 from relevance_ray.storage import (
     CommitLog,
     exists,
@@ -104,30 +104,28 @@ class EarlierLabels:
     def known(self, groups: pa.Table) -> Known:
         """The labels of those pairs of a GROUP table that an earlier shard holds, failed ones left out."""
         flat = groups.column("products").combine_chunks()
-        members, starts = flat.flatten(), np.asarray(flat.offsets) - flat.offsets[0].as_py()
+        starts = np.asarray(flat.offsets) - flat.offsets[0].as_py()
         wanted: dict[int, list[int]] = {}
         for group, key in enumerate(_keys(groups["query_id"].to_pylist())):
             for shard in self._places(key):
                 wanted.setdefault(shard, []).append(group)
-        queries = groups["query"].to_pylist()
+        rows_by_group = rows_of(groups) if wanted else []
         found: dict[int, tuple[_Shard, int]] = {}
         for shard in sorted(wanted):  # newest first
             earlier = self._read(shard)
             for group in wanted[shard]:
-                rows = [row for row in range(starts[group], starts[group + 1]) if row not in found]
-                products = members.take(np.asarray(rows, dtype=np.int64)).to_pylist()
-                for row, product in zip(rows, products, strict=True):
-                    place = earlier.place(product["pair_id"], queries[group], product["fields"])
+                row = rows_by_group[group]
+                for number, product in enumerate(row["products"], start=int(starts[group])):
+                    place = earlier.place(product["pair_id"], row["query"], product["fields"])
                     if place is not None:
-                        found[row] = (earlier, place)
-        rows = sorted(found)
+                        found.setdefault(number, (earlier, place))
+        places = [found[number] for number in sorted(found)]
+        class_logits = [earlier.labels.class_logits[place] for earlier, place in places]
         return Known(
-            np.asarray(rows, dtype=np.int64),
-            np.stack([found[row][0].labels.class_logits[found[row][1]] for row in rows])
-            if rows
-            else np.empty((0, 0), dtype=np.float32),
-            np.asarray([found[row][0].labels.logits[found[row][1]] for row in rows], dtype=np.float32),
-            [found[row][0].labels.rationales[found[row][1]] for row in rows],
+            np.asarray(sorted(found), dtype=np.int64),
+            np.stack(class_logits) if class_logits else np.empty((0, 0), dtype=np.float32),
+            np.asarray([earlier.labels.logits[place] for earlier, place in places], dtype=np.float32),
+            [earlier.labels.rationales[place] for earlier, place in places],
         )
 
     def _places(self, key: int) -> list[int]:
@@ -142,22 +140,16 @@ class _Shard:
 
     def __init__(self, labeled: pa.Table) -> None:
         self.labels = known_rows(labeled)
-        products = labeled.column("products").combine_chunks()
-        members = products.flatten()
-        group_of = np.repeat(np.arange(labeled.num_rows), np.diff(np.asarray(products.offsets)))
-        self._queries = labeled["query"].to_pylist()
-        self._group_of = group_of[self.labels.rows]
-        kept = members.take(self.labels.rows)
-        self._fields = kept.field("fields")
-        pair_ids = kept.field("pair_id").to_numpy()
-        self._place = {int(pair_id): place for place, pair_id in enumerate(pair_ids)}
+        pairs = pairs_of(labeled)
+        self._pairs = [pairs[row] for row in self.labels.rows]
+        self._place = {pair.pair_id: place for place, pair in enumerate(self._pairs)}
 
     def place(self, pair_id: int, query: str, fields: dict[str, Any]) -> int | None:
         """Where the pair stands among the labels; None where it is not there, or reads otherwise."""
         place = self._place.get(pair_id)
-        if place is None or self._queries[self._group_of[place]] != query:
+        if place is None or (self._pairs[place].query, self._pairs[place].product) != (query, fields):
             return None
-        return place if self._fields[place].as_py() == fields else None
+        return place
 
 
 def _keys(query_ids: Sequence[str]) -> list[int]:

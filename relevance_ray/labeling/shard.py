@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,11 +19,42 @@ from relevance_ray.engines.base import Engine, Pair
 from relevance_ray.schema import LABELED_GROUP
 
 
+def rows_of(groups: pa.Table) -> list[dict[str, Any]]:
+    """Query and products of each group as Python values. Bytes that are no UTF-8, which Arrow reads from Parquet without
+    a word, come as lone surrogates, so that they are an error of their row and not of the shard."""
+    groups = groups.select(["query", "products"])
+    try:
+        return groups.to_pylist()
+    except UnicodeDecodeError:
+        schema = pa.schema([field.with_type(_as_bytes(field.type)) for field in groups.schema])
+        return [_decoded(row) for row in groups.cast(schema).to_pylist()]
+
+
+def _as_bytes(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_string(kind):
+        return pa.binary()
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_as_bytes(kind.value_type)))
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_as_bytes(field.type)) for field in kind])
+    if pa.types.is_map(kind):
+        return pa.map_(_as_bytes(kind.key_type), _as_bytes(kind.item_type))
+    return kind
+
+
+def _decoded(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "surrogateescape")
+    if isinstance(value, list | tuple):
+        return type(value)(_decoded(item) for item in value)
+    return {key: _decoded(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
 def pairs_of(groups: pa.Table) -> list[Pair]:
     """The pairs of a GROUP table, flat, group after group."""
     return [
         Pair(candidate["pair_id"], group["query"], candidate["product_id"], candidate["fields"])
-        for group in groups.select(["query", "products"]).to_pylist()
+        for group in rows_of(groups)
         for candidate in group["products"]
     ]
 
