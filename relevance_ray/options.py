@@ -8,16 +8,22 @@ semantic ones and leaves out the operational ones (how many actors, how large a 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 STRICT = {"extra": "forbid"}
 """Set as `__pydantic_config__` on an options dataclass: an unknown key is refused wherever it is validated."""
 
 
-def option(default: Any, description: str, *, operational: bool = False) -> Any:
-    """A dataclass field with a description; `operational` ones do not enter fingerprints. A list or dict default is
-    copied for each instance; `dataclasses.MISSING` makes the field required."""
-    metadata = {"description": description, "operational": operational}
+def option(default: Any, description: str, *, operational: bool = False, operational_keys: Collection[str] = ()) -> Any:
+    """A dataclass field with a description; `operational` ones do not enter fingerprints, nor do the `operational_keys` of
+    one that is a mapping. A list or dict default is copied for each instance; `dataclasses.MISSING` makes the field
+    required."""
+    metadata = {
+        "description": description,
+        "operational": operational,
+        "operational_keys": frozenset(operational_keys),
+    }
     if default is dataclasses.MISSING:
         return dataclasses.field(metadata=metadata)
     if isinstance(default, list | dict | set) or dataclasses.is_dataclass(default):
@@ -34,7 +40,10 @@ def semantic(options: Any) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for field in dataclasses.fields(options):
         if not field.metadata.get("operational", False):
-            out[field.name] = _plain(getattr(options, field.name))
+            value = getattr(options, field.name)
+            if left_out := field.metadata.get("operational_keys"):
+                value = {key: item for key, item in value.items() if key not in left_out}
+            out[field.name] = _plain(value)
     return out
 
 

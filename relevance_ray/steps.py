@@ -124,6 +124,9 @@ class Chain:
         for key, path in files.items():
             if path and key.split(".")[0] in steps and not exists(path):
                 raise UserError(f"{key} {path} does not exist; name the {'folder' if key == 'label.model' else 'file'}")
+        members = config.teacher.members or [config.teacher]
+        if config.label.engine == "vllm" and self.at.trains_teacher and all(m.kind != "classifier" for m in members):
+            raise UserError("label.engine=vllm runs classifiers, and teacher has none; set label.engine=transformers")
         check_reachable(self.at.root)
         for model, num_layers in self._models(steps):
             check_layers(model, resolve_model(model), num_layers)

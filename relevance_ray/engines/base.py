@@ -95,6 +95,9 @@ class FolderModel(ABC):
         """Tokens it has read so far, padding not counted."""
         return 0
 
+    def close(self) -> None:  # noqa: B027 (not abstract: there is mostly nothing to do)
+        """Give back what the model holds outside of this process; it labels no more."""
+
     @abstractmethod
     def _forward(
         self, queries: Sequence[str], products: Sequence[Mapping[str, Any]]
@@ -144,10 +147,13 @@ class ModelEngine:
     def label(self, pairs: Sequence[Pair]) -> Labels:
         return self.model.label_rows([pair.query for pair in pairs], [pair.product for pair in pairs])
 
+    def close(self) -> None:
+        self.model.close()
+
 
 def row_error(query: Any, product: Any) -> str | None:
     """Why a pair cannot be labeled by any model, or None: empty, of a wrong type, not valid text, or absurdly long."""
-    if (problem := _text_problem(query)) is not None:
+    if (problem := text_problem(query)) is not None:
         return f"the query {problem}"
     if not query or query.isspace():
         return "the query is empty"
@@ -155,7 +161,7 @@ def row_error(query: Any, product: Any) -> str | None:
         return f"the product is a {type(product).__name__}, not a mapping of fields"
     for name in TEXT_FIELDS:
         value = product.get(name)
-        if value is not None and (problem := _text_problem(value)) is not None:
+        if value is not None and (problem := text_problem(value)) is not None:
             return f"the product's {name} {problem}"
     price = product.get("price")
     if price is not None and (isinstance(price, bool) or not isinstance(price, int | float | np.number)):
@@ -170,12 +176,12 @@ def _attributes_error(attributes: Any) -> str | None:
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             return "the product's attributes are not pairs of name and value"
         for text in pair:
-            if text is not None and (problem := _text_problem(text)) is not None:
+            if text is not None and (problem := text_problem(text)) is not None:
                 return f"one of the product's attributes {problem}"
     return None
 
 
-def _text_problem(text: Any) -> str | None:
+def text_problem(text: Any) -> str | None:
     if not isinstance(text, str):
         return f"is a {type(text).__name__}, not text"
     if len(text) > MAX_TEXT_CHARS:

@@ -144,6 +144,10 @@ class EnsembleModel(FolderModel):
             errors = [first or second for first, second in zip(errors, labels.errors, strict=True)]
         return stack_logits(features, self.stack), errors
 
+    def close(self) -> None:
+        for member in self.members:
+            member.close()
+
 
 def member_folders(folder: str | Path) -> list[Path]:
     """The model folders of an ensemble's members, in the order of its stack."""

@@ -42,15 +42,37 @@ class OpenAIOptions:
                 raise ValueError(f"{name} must not be negative")
 
 
+VLLM_OPERATIONAL_ARGS = (
+    *("gpu_memory_utilization", "kv_cache_memory_bytes", "cpu_offload_gb", "block_size", "enable_prefix_caching"),
+    *("max_num_batched_tokens", "max_num_seqs", "max_num_partial_prefills", "enable_chunked_prefill", "enforce_eager"),
+    *("tensor_parallel_size", "pipeline_parallel_size", "distributed_executor_backend", "disable_log_stats"),
+)
+"""Arguments of vLLM that decide where and how fast a model runs. Raised after a job ran out of memory, they must not cost
+the labels that it has."""
+
+
+@dataclass(frozen=True)
+class VllmOptions:
+    """What engine `vllm` hands on."""
+
+    __pydantic_config__ = STRICT
+
+    engine_args: dict[str, Any] = option(
+        {},
+        "arguments of `vllm.LLM`, over our defaults; those of memory, batches and parallelism do not enter fingerprints",
+        operational_keys=VLLM_OPERATIONAL_ARGS,
+    )
+
+
 @dataclass(frozen=True)
 class EngineOptions:
     """Who labels the groups."""
 
     __pydantic_config__ = STRICT
 
-    engine: Literal["transformers", "openai", "oracle", "file"] = option(
+    engine: Literal["transformers", "vllm", "openai", "oracle", "file"] = option(
         "transformers",
-        "who labels: `transformers` (the trained teacher), `openai` (a model behind an endpoint that speaks OpenAI's "
+        "who labels: `transformers` or `vllm` (the trained teacher), `openai` (a model behind an endpoint that speaks OpenAI's "
         "protocol, asked for a grade), `file` (labels you have), `oracle` (the market's truth)",
     )
     model: str = option(
@@ -66,7 +88,8 @@ class EngineOptions:
     )
     device: str = option("auto", 'a torch device, or "auto": the GPU where there is one', operational=True)
     openai: OpenAIOptions = option(OpenAIOptions(), "openai engine: the endpoint and what it is asked")
-    num_threads: int = option(0, "CPU threads of one engine; 0 leaves torch's own choice", operational=True)
+    num_threads: int = option(0, "CPU threads of one engine; 0 leaves its library's own choice", operational=True)
+    vllm: VllmOptions = option(VllmOptions(), "what engine `vllm` hands on")
 
     def __post_init__(self) -> None:
         if self.max_batch_tokens < 1:
@@ -79,6 +102,10 @@ class EngineOptions:
             raise ValueError("`path`, the file of labels, goes with engine `file`: give both or neither")
         if self.noise and self.engine != "oracle":
             raise ValueError(f"noise {self.noise} is only read with engine `oracle`; remove it")
+        if self.vllm.engine_args and self.engine != "vllm":
+            raise ValueError("vllm.engine_args are only read with engine `vllm`; remove them")
+        if self.compile and self.engine != "transformers":
+            raise ValueError("compile is only read with engine `transformers`; remove it")
         if self.model and not self.runs_teacher:
             raise ValueError(f"model {self.model} is not read with engine `{self.engine}`; remove it")
         if (self.engine == "openai") != bool(self.openai.model):
@@ -87,4 +114,4 @@ class EngineOptions:
     @property
     def runs_teacher(self) -> bool:
         """Whether the engine runs a model folder of ours."""
-        return self.engine == "transformers"
+        return self.engine in ("transformers", "vllm")

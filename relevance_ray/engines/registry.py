@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from relevance_ray.engines.base import Engine, FolderModel, ModelEngine
-from relevance_ray.engines.options import EngineOptions
+from relevance_ray.engines.options import EngineOptions, VllmOptions
 from relevance_ray.errors import UserError
 from relevance_ray.model_folder import read_model_info
 from relevance_ray.schema import LabelScale
@@ -24,6 +24,7 @@ def load_pair_model(
     max_batch_tokens: int = DEFAULT_BATCH_TOKENS,
     *,
     compiled: bool = False,
+    vllm: VllmOptions | None = None,
 ) -> FolderModel:
     """Load any model folder.
 
@@ -32,35 +33,54 @@ def load_pair_model(
         device: a torch device, or "auto".
         num_threads: CPU threads of torch in this process; None or 0 leaves them.
         max_batch_tokens: padded tokens of one forward pass.
-        compiled: run cross-encoders and classifiers through `torch.compile`.
+        compiled: run classifiers and cross-encoders through `torch.compile`.
+        vllm: run classifiers and cross-encoders, an ensemble's too, through vLLM; `close` the model when done.
 
     Raises:
-        UserError: no model folder.
+        UserError: no model folder, or what vLLM refuses.
     """
+    share = 1 / max(1, _num_sequence_models(folder))
+
+    def open_sequence(path: str | Path) -> FolderModel:
+        if vllm is not None:
+            from relevance_ray.engines.vllm import VllmModel
+
+            return VllmModel(path, device, num_threads or 0, max_batch_tokens, vllm.engine_args, share)
+        from relevance_ray.engines.transformers import SequenceModel
+
+        return SequenceModel(path, device, max_batch_tokens, compiled=compiled)
+
+    def open_any(path: str | Path) -> FolderModel:
+        kind = read_model_info(path).kind
+        if kind == "bm25":
+            from relevance_ray.engines.bm25 import BM25Model
+
+            return BM25Model(path)
+        if kind == "ensemble":
+            from relevance_ray.engines.ensemble import EnsembleModel, member_folders
+
+            return EnsembleModel(path, [open_any(member) for member in member_folders(path)])
+        import torch
+
+        if num_threads:
+            torch.set_num_threads(num_threads)
+        if kind == "bi_encoder":
+            from relevance_ray.engines.bi_encoder import BiEncoderModel
+
+            return BiEncoderModel(path, device, max_batch_tokens)
+        return open_sequence(path)
+
+    return open_any(folder)
+
+
+def _num_sequence_models(folder: str | Path) -> int:
+    """How many classifiers and cross-encoders a model folder holds, itself or its members."""
     kind = read_model_info(folder).kind
-    if kind == "bm25":
-        from relevance_ray.engines.bm25 import BM25Model
-
-        return BM25Model(folder)
     if kind == "ensemble":
-        from relevance_ray.engines.ensemble import EnsembleModel, member_folders
+        from relevance_ray.engines.ensemble import member_folders
 
-        members = [
-            load_pair_model(path, device, num_threads, max_batch_tokens, compiled=compiled)
-            for path in member_folders(folder)
-        ]
-        return EnsembleModel(folder, members)
-    import torch
-
-    if num_threads:
-        torch.set_num_threads(num_threads)
-    if kind == "bi_encoder":
-        from relevance_ray.engines.bi_encoder import BiEncoderModel
-
-        return BiEncoderModel(folder, device, max_batch_tokens)
-    from relevance_ray.engines.transformers import SequenceModel
-
-    return SequenceModel(folder, device, max_batch_tokens, compiled=compiled)
+        return sum(_num_sequence_models(path) for path in member_folders(folder))
+    return int(kind in ("classifier", "cross_encoder"))
 
 
 def open_engine(
@@ -69,12 +89,12 @@ def open_engine(
     """The engine that the options name.
 
     Args:
-        model: the teacher's folder, local or s3://, for `transformers`.
+        model: the teacher's folder, local or s3://, for `transformers` and `vllm`.
         scale: the grades of `file` and `oracle`.
         label_smoothing: mass of a grade of `file` that leaks to its neighbours.
 
     Raises:
-        UserError: `transformers` without a teacher, or what the engine itself refuses.
+        UserError: no teacher where the engine needs one, or what the engine itself refuses.
     """
     if options.engine == "file":
         from relevance_ray.engines.file import FileEngine
@@ -91,8 +111,17 @@ def open_engine(
         endpoint = options.openai
         return GradingEngine(OpenAIGenerator(endpoint), scale, endpoint.fields, endpoint.guidelines)
     if model is None:
-        raise UserError("the transformers engine needs a teacher; run train-teacher first or give its model folder")
+        raise UserError(
+            f"the {options.engine} engine needs a teacher; run train-teacher first or give its model folder"
+        )
     model = localize(str(model))
-    return ModelEngine(
-        load_pair_model(model, options.device, options.num_threads, options.max_batch_tokens, compiled=options.compile)
+    vllm = options.vllm if options.engine == "vllm" else None
+    if vllm is not None and not _num_sequence_models(model):
+        raise UserError(
+            f"the vllm engine runs classifiers and cross-encoders, and the teacher {model} holds none; "
+            "set label.engine=transformers"
+        )
+    loaded = load_pair_model(
+        model, options.device, options.num_threads, options.max_batch_tokens, compiled=options.compile, vllm=vllm
     )
+    return ModelEngine(loaded)

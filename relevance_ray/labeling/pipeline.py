@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -133,7 +134,15 @@ class ShardLabeler:
     def _drop_engine(self, error: Exception) -> None:
         if "CUDA error" in str(error):
             os._exit(1)  # no later call of this process can use the GPU; Ray starts another
-        self._engine = None  # what a failed engine holds may be what broke it
+        engine, self._engine = self._engine, None  # what a failed engine holds may be what broke it
+        close = getattr(engine, "close", None)
+        if close is None:
+            return
+        try:
+            close()  # what it holds in processes of its own would be missing for the new one
+        except Exception:  # noqa: BLE001 (of whatever kind: Ray ends those processes with this one, and starts another)
+            traceback.print_exc()
+            os._exit(1)
 
 
 def label(
