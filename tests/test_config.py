@@ -70,6 +70,10 @@ def test_operational_options_do_not_enter_the_fingerprint() -> None:
     two = build_config({"generate": {"num_pairs": 999}, "label": {"max_batch_tokens": 2000}})
     assert semantic(one.generate) == semantic(two.generate)
     assert semantic(one.label) == semantic(two.label)
+    fast = {"engine": "vllm", "vllm": {"engine_args": {"gpu_memory_utilization": 0.5}}}
+    assert semantic(build_config({"label": fast}).label) == semantic(build_config({"label": {"engine": "vllm"}}).label)
+    fp8 = {"engine": "vllm", "vllm": {"engine_args": {"quantization": "fp8"}}}
+    assert semantic(build_config({"label": fp8}).label) != semantic(build_config({"label": fast}).label)
     assert semantic(one.student) != semantic(build_config({"student": {"level_weight": 0.0}}).student)
 
 

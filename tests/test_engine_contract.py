@@ -48,9 +48,7 @@ TRANSFORMERS = EngineOptions()
 CASES: dict[str, Callable[[Path], EngineFactory]] = {
     "transformers": lambda path: model(TRANSFORMERS, cross_encoder_folder(path / "m", num_labels=4)),
     "ensemble": lambda path: model(TRANSFORMERS, ensemble_folder(path / "m")),
-    "bi_encoder": lambda path: model(
-        TRANSFORMERS, build_bi_encoder_folder(resolve_model("minilm"), ESCI, path / "m")
-    ),
+    "bi_encoder": lambda path: model(TRANSFORMERS, build_bi_encoder_folder(resolve_model("minilm"), ESCI, path / "m")),
     "bm25": lambda path: model(TRANSFORMERS, bm25_folder(path / "m")),
     "oracle": lambda path: partial(open_engine, EngineOptions(engine="oracle"), None, MARKET_SCALE),
     "file": lambda path: partial(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from relevance_ray.engines.bi_encoder import TextEncoder, build_bi_encoder_folde
 from relevance_ray.engines.encoding import PairEncoder, token_batches
 from relevance_ray.engines.ensemble import build_ensemble_folder, fit_stack, stack_logits
 from relevance_ray.engines.file import FileEngine
-from relevance_ray.engines.options import EngineOptions
+from relevance_ray.engines.options import EngineOptions, VllmOptions
 from relevance_ray.engines.registry import load_pair_model, open_engine
 from relevance_ray.errors import UserError
 from relevance_ray.model_folder import ModelInfo, ModelKind, finish_folder
@@ -378,8 +379,20 @@ def test_a_file_that_is_not_what_it_says_is_named(tmp_path: Path) -> None:
 
 
 def test_transformers_without_a_teacher_says_so() -> None:
-    with pytest.raises(UserError, match="train-teacher"):
-        open_engine(EngineOptions(), None, ESCI)
+    for engine in ("transformers", "vllm"):
+        with pytest.raises(UserError, match=f"the {engine} engine needs a teacher; run train-teacher"):
+            open_engine(EngineOptions(engine=engine), None, ESCI)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vllm is installed in this environment")
+def test_without_vllm_its_engine_says_how_to_install_it(cross_encoder: Path) -> None:
+    with pytest.raises(UserError, match=r"install relevance-ray\[vllm\] in an environment of its own"):
+        open_engine(EngineOptions(engine="vllm"), cross_encoder, ESCI)
+
+
+def test_vllm_refuses_a_teacher_that_it_would_not_run(bi_encoder: Path) -> None:
+    with pytest.raises(UserError, match="runs classifiers and cross-encoders, and the teacher .* holds none"):
+        open_engine(EngineOptions(engine="vllm"), bi_encoder, ESCI)
 
 
 def test_wrong_engine_options_are_refused() -> None:
@@ -390,6 +403,7 @@ def test_wrong_engine_options_are_refused() -> None:
         {"engine": "file"},
         {"path": "x.csv"},
         {"noise": 0.1},
+        {"vllm": VllmOptions({"max_num_seqs": 8})},
     ):
         with pytest.raises(ValueError):  # noqa: PT011 - one sentence for each option
             EngineOptions(**wrong)  # type: ignore[arg-type]

@@ -42,7 +42,8 @@ def ray_sees_this_module(ray_cluster: None) -> Iterator[None]:
 
 class TroubledEngine:
     """Labels a pair with the length of its query, but for queries that `trouble` names: raise, exit, hang, or fail the
-    row. A file `mended` in the folder ends all trouble. Every call leaves the pairs it was asked in a file."""
+    row. A file `mended` in the folder ends all trouble. Every call leaves the pairs it was asked in a file, and closing
+    the engine a line in another."""
 
     gains = (0.0, 1.0)
     num_tokens = 0
@@ -55,7 +56,7 @@ class TroubledEngine:
             file.write(f"{pairs[0].query}: {len(pairs)}\n")
         trouble = {} if (self.folder / "mended").exists() else self.trouble
         kinds = {trouble.get(pair.query, "") for pair in pairs}
-        if "raise" in kinds:
+        if kinds & {"raise", "raise, and not close"}:
             raise RuntimeError("out of memory")
         if "exit" in kinds:
             os._exit(1)
@@ -65,6 +66,12 @@ class TroubledEngine:
         errors: list[str | None] = ["no label" if trouble.get(pair.query) == "row" else None for pair in pairs]
         lengths[[error is not None for error in errors]] = np.nan
         return Labels(np.stack([np.zeros_like(lengths), lengths], axis=1), errors, [None] * len(pairs))
+
+    def close(self) -> None:
+        with (self.folder / "closed").open("a") as file:
+            file.write("closed\n")
+        if "raise, and not close" in self.trouble.values():
+            raise RuntimeError("its processes do not end")
 
 
 def make_shards(folder: Path, count: int = 3) -> list[Shard]:
@@ -79,7 +86,7 @@ def calls(folder: Path) -> list[str]:
     return (folder / "calls").read_text().splitlines()
 
 
-@pytest.mark.parametrize("trouble", ["raise", "exit"])
+@pytest.mark.parametrize("trouble", ["raise", "raise, and not close", "exit"])
 def test_a_shard_that_fails_thrice_is_set_aside_and_retried_on_request(tmp_path: Path, trouble: str) -> None:
     shards = make_shards(tmp_path)
     engine = partial(TroubledEngine, tmp_path, {"query 15": trouble})
@@ -87,9 +94,11 @@ def test_a_shard_that_fails_thrice_is_set_aside_and_retried_on_request(tmp_path:
     first = run()
     (name,) = first["set_aside"]
     assert name == shards[1].label_name
-    assert ("out of memory" if trouble == "raise" else "process died") in first["set_aside"][name]
+    assert ("process died" if trouble == "exit" else "out of memory") in first["set_aside"][name]
     assert (first["pairs"], first["errors"]) == (60, 0)
     assert calls(tmp_path).count("query 10: 30") == MAX_ATTEMPTS
+    if trouble != "exit":
+        assert (tmp_path / "closed").read_text().split() == ["closed"] * MAX_ATTEMPTS
 
     # Another run leaves it aside; a retry takes it on again.
     assert run()["set_aside"] == first["set_aside"]

@@ -29,7 +29,10 @@ PRODUCTS: list[dict[str, Any]] = [
     {"title": "USB-C cable 2 m 日本語 — 100W"},
     {"title": "y"},
 ]
-PROMPT = "Is the product what a shopper wants who searches for: {query}\nProduct: {product}\nGrade:"
+PROMPT = (
+    "You judge how well a product answers a search in a shop. Grade it as exact, substitute, complement or irrelevant, by "
+    "what the shopper asked for.\nSearch: {query}\nProduct: {product}\nGrade:"
+)
 
 
 def as_pairs(queries: list[Any], products: list[Any]) -> list[Pair]:
@@ -44,7 +47,7 @@ def cross_encoder_folder(out: Path, num_labels: int = 1) -> Path:
 
 def causal_folder(out: Path, num_labels: int = 4) -> Path:
     """Two layers of smollm2-135m that read a prompt."""
-    template = Template(max_tokens=64, prompt=PROMPT)
+    template = Template(max_tokens=80, prompt=PROMPT)
     return _sequence_folder("smollm2-135m", ModelInfo("classifier", ESCI, template), out, num_labels)
 
 
@@ -53,8 +56,9 @@ def _sequence_folder(source: str, info: ModelInfo, out: Path, num_labels: int) -
     # A fresh head is so small that its logits hardly differ from pair to pair.
     model = AutoModelForSequenceClassification.from_pretrained(out)
     torch.manual_seed(num_labels)
-    head = model.classifier if hasattr(model, "classifier") else model.score
-    head.weight.data.normal_(0, 1)
+    for name, weight in model.named_parameters():
+        if name in ("bert.pooler.dense.weight", "classifier.weight", "score.weight"):
+            weight.data.normal_(0, 0.5)
     model.save_pretrained(out)
     return out
 

@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import gc
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,7 +102,8 @@ class VllmModel(FolderModel):
                 for row in rows
             ]
             prompts = [{"prompt_token_ids": encoded.input_ids[row].tolist()} for row in rows]
-            outputs = self._llm.classify(prompts, pooling_params=params, use_tqdm=False)
+            with _woken_by_death(self._llm):
+                outputs = self._llm.classify(prompts, pooling_params=params, use_tqdm=False)
             class_logits[rows] = as_class_logits(np.asarray([out.outputs.probs for out in outputs], dtype=np.float32))
         return class_logits, encoded.errors
 
@@ -141,7 +143,12 @@ class VllmGenerator:
             key=len,
             reverse=True,
         )
-        self._llm = open_llm(str(model), {"runner": "generate"}, dict(engine_args or {}), device, num_threads)
+        defaults = {
+            "runner": "generate",
+            # Where blanks are free, a small model may write them until its tokens are spent.
+            "structured_outputs_config": {"backend": "guidance", "disable_any_whitespace": True},
+        }
+        self._llm = open_llm(str(model), defaults, dict(engine_args or {}), device, num_threads)
 
     def generate(self, conversations: Sequence[Sequence[Message]], sampling: Sampling) -> list[Generated]:
         """One answer a conversation, in their order; one that cannot be had carries an error.
@@ -159,7 +166,9 @@ class VllmGenerator:
                 prompts.append({"prompt_token_ids": ids})
                 rows.append(row)
         if prompts:
-            for row, output in zip(rows, self._llm.generate(prompts, params, use_tqdm=False), strict=True):
+            with _woken_by_death(self._llm):
+                outputs = self._llm.generate(prompts, params, use_tqdm=False)
+            for row, output in zip(rows, outputs, strict=True):
                 answers[row] = _answer(output, sampling, choice_ids)
         return answers
 
@@ -290,6 +299,33 @@ def close_llm(llm: Any) -> None:
     llm.llm_engine.engine_core.shutdown()
     llm.renderer.shutdown()
     gc.collect()  # an engine within this process (VLLM_ENABLE_V1_MULTIPROCESSING=0) holds its memory by reference
+
+
+@contextmanager
+def _woken_by_death(llm: Any) -> Iterator[None]:
+    """Let a call of vLLM raise `EngineDeadError` where its process is killed meanwhile, as when memory runs out. vLLM
+    (0.32) notices, but leaves a call that waits for the answer waiting for ever."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    core = llm.llm_engine.engine_core
+    if not hasattr(core, "outputs_queue"):  # an engine within this process (VLLM_ENABLE_V1_MULTIPROCESSING=0)
+        yield
+        return
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(1.0):
+            if core.resources.engine_dead:
+                core.outputs_queue.put_nowait(EngineDeadError())
+                return
+
+    watcher = threading.Thread(target=watch, name="vllm-watcher", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
 
 
 def _is_cpu() -> bool:
