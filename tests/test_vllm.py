@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -260,6 +262,13 @@ def label_with_transformers(shards: list[Shard], folder: Path, model: Path) -> d
     return logits_of(folder)
 
 
+def assert_gone(pids: list[int]) -> None:
+    deadline = time.monotonic() + 30
+    while any(psutil.pid_exists(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert not [pid for pid in pids if psutil.pid_exists(pid)]
+
+
 def assert_same_logits(found: dict[int, float], expected: dict[int, float]) -> None:
     assert found.keys() == expected.keys()
     np.testing.assert_allclose([found[key] for key in expected], list(expected.values()), atol=1e-4)
@@ -292,6 +301,26 @@ def test_the_actor_closes_an_engine_that_died_and_labels_with_another(tmp_path: 
     assert vllm_processes() == []
 
 
+OWNER = """
+import sys, time, psutil
+from relevance_ray.engines.vllm import VllmModel
+model = VllmModel(sys.argv[1])
+print("pids", *(process.pid for process in psutil.Process().children(recursive=True)), flush=True)
+time.sleep(600)
+"""
+
+
+def test_an_engine_ends_with_its_owner_that_is_killed(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", OWNER, str(cross_encoder_folder(tmp_path / "model"))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        line = next(line for line in owner.stdout if line.startswith("pids"))
+        owner.kill()
+    started = [int(pid) for pid in line.split()[1:]]
+    assert len(started) >= 2
+    assert_gone(started)
+
+
 def test_a_labeling_job_on_ray_gives_the_logits_of_transformers_and_leaves_no_process(
     tmp_path: Path, ray_cluster: None
 ) -> None:
@@ -310,7 +339,4 @@ def test_a_labeling_job_on_ray_gives_the_logits_of_transformers_and_leaves_no_pr
     assert_same_logits(logits_of(tmp_path / "label"), expected)
     started = [int(pid) for pid in pids.read_text().split()]
     assert len(started) >= 2  # the engine's process and its worker
-    deadline = time.monotonic() + 30
-    while any(psutil.pid_exists(pid) for pid in started) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert not [pid for pid in started if psutil.pid_exists(pid)]
+    assert_gone(started)

@@ -22,6 +22,7 @@ import numpy as np
 from jinja2 import TemplateError
 from transformers import AutoConfig, AutoTokenizer
 
+from relevance_ray.engines import vllm_worker
 from relevance_ray.engines.base import FolderModel, text_problem
 from relevance_ray.engines.encoding import PairEncoder
 from relevance_ray.engines.generation import Generated, Message, Sampling
@@ -282,11 +283,12 @@ def open_llm(
     arguments: dict[str, Any] = {
         "dtype": "float32" if _is_cpu() else "bfloat16",
         "enforce_eager": _is_cpu(),
+        "worker_extension_cls": f"{vllm_worker.__name__}.{vllm_worker.EndsWithOwner.__name__}",
         "generation_config": "vllm",  # sampling is the caller's, not what the model's author suggests
     }
     if _is_cpu() and "gpu_memory_utilization" not in engine_args:
         arguments["kv_cache_memory_bytes"] = CPU_CACHE_BYTES
-    with _threads(num_threads):
+    with _environment(num_threads):
         try:
             return vllm.LLM(model, **{**arguments, **defaults, **engine_args})
         except (ValueError, TypeError, NotImplementedError) as error:
@@ -335,10 +337,12 @@ def _is_cpu() -> bool:
 
 
 @contextmanager
-def _threads(num_threads: int) -> Iterator[None]:
+def _environment(num_threads: int) -> Iterator[None]:
     """What the processes started within inherit. vLLM binds its threads to cores from the first on, and so would each
     of several engines on one machine."""
-    values = {"OMP_NUM_THREADS": str(num_threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"} if num_threads else {}
+    values = {vllm_worker.OWNER: str(os.getpid())}
+    if num_threads:
+        values |= {"OMP_NUM_THREADS": str(num_threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
