@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -223,13 +224,15 @@ def _measure(
     where the engine is not one that runs here."""
     from relevance_ray.engines.registry import open_engine
 
-    if config.label.engine == "openai":
+    if config.label.engine == "openai" or (config.label.engine == "vllm" and find_spec("vllm") is None):
         return None, "not known"
     with tempfile.TemporaryDirectory(prefix="plan-", ignore_cleanup_errors=True) as work:
         folder = _teacher(config, at, scale, groups, Path(work)) if config.label.runs_teacher else None
         options = replace(config.label, num_threads=config.label.num_threads or config.resources.cpus_per_label_actor)
         engine = open_engine(options, folder, scale, config.data.label_smoothing)
         rate = _rate(engine, pairs_of(groups), seconds)
+        if (close := getattr(engine, "close", None)) is not None:
+            close()
     where = "this machine" if options.engine == "transformers" else f"this machine, engine {options.engine}"
     return rate, f"measured on {where}"
 

@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from chat_endpoint import ChatEndpoint
 from tiny_engines import ESCI, PRODUCTS, QUERIES, as_pairs, bm25_folder, cross_encoder_folder, ensemble_folder
 
 from relevance_ray.data.market_truth import MARKET_SCALE
-from relevance_ray.engines.base import Engine, EngineOptions, Pair
+from relevance_ray.engines.base import Engine, Pair
 from relevance_ray.engines.bi_encoder import build_bi_encoder_folder
+from relevance_ray.engines.options import EngineOptions, OpenAIOptions
 from relevance_ray.engines.registry import open_engine
 from relevance_ray.models import resolve_model
 
@@ -44,6 +46,12 @@ def model(options: EngineOptions, folder: Path) -> EngineFactory:
     return partial(open_engine, options, folder, ESCI)
 
 
+def endpoint_options() -> EngineOptions:
+    """Of an endpoint that serves until the tests end, in a thread that ends with them."""
+    endpoint = ChatEndpoint().__enter__()
+    return EngineOptions(engine="openai", openai=OpenAIOptions(model="judge", base_url=endpoint.url))
+
+
 TRANSFORMERS = EngineOptions()
 CASES: dict[str, Callable[[Path], EngineFactory]] = {
     "transformers": lambda path: model(TRANSFORMERS, cross_encoder_folder(path / "m", num_labels=4)),
@@ -54,9 +62,10 @@ CASES: dict[str, Callable[[Path], EngineFactory]] = {
     "file": lambda path: partial(
         open_engine, EngineOptions(engine="file", path=str(labels_file(path / "labels.csv"))), None, ESCI
     ),
+    "openai": lambda path: partial(open_engine, endpoint_options(), None, ESCI),
     "vllm": lambda path: model(EngineOptions(engine="vllm"), cross_encoder_folder(path / "m", num_labels=4)),
 }
-NEEDS = {"vllm": "vllm"}
+NEEDS = {"vllm": "vllm", "openai": "openai"}
 """The module without which an engine's case is skipped."""
 
 
@@ -88,6 +97,13 @@ def test_each_pair_has_a_label_in_its_place(engine: Engine) -> None:
     assert np.ptp(labels.class_logits[:, -1]) > 1e-3
     backwards = engine.label(pairs[::-1]).class_logits
     np.testing.assert_allclose(backwards, labels.class_logits[::-1], atol=1e-4)
+
+
+def test_tokens_are_counted_where_there_are_any(engine: Engine, request: pytest.FixtureRequest) -> None:
+    before = engine.num_tokens
+    engine.label(healthy())
+    counts_none = any(name in request.node.name for name in ("bm25", "oracle", "file"))
+    assert (engine.num_tokens > before) is not counts_none
 
 
 def test_the_gains_reach_from_0_to_1(engine: Engine) -> None:

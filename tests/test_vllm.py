@@ -33,9 +33,10 @@ pytest.importorskip("vllm", reason="vllm is not installed in this environment; r
 
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from relevance_ray.engines.base import EngineOptions, ModelEngine, VllmOptions
+from relevance_ray.engines.base import ModelEngine
 from relevance_ray.engines.ensemble import EnsembleModel
 from relevance_ray.engines.generation import Sampling
+from relevance_ray.engines.options import EngineOptions, VllmOptions
 from relevance_ray.engines.registry import load_pair_model, open_engine
 from relevance_ray.engines.vllm import VllmGenerator, VllmModel
 from relevance_ray.errors import UserError

@@ -72,8 +72,8 @@ class EngineOptions:
 
     engine: Literal["transformers", "vllm", "openai", "oracle", "file"] = option(
         "transformers",
-        "who labels: `transformers` or `vllm` (the trained teacher), `openai` (a model behind an endpoint that speaks OpenAI's "
-        "protocol, asked for a grade), `file` (labels you have), `oracle` (the market's truth)",
+        "who labels: `transformers` or `vllm` (the trained teacher), `openai` (a model behind an endpoint that speaks "
+        "OpenAI's protocol, asked for a grade), `file` (labels you have), `oracle` (the market's truth)",
     )
     model: str = option(
         "", "a teacher's model folder that labels, local or s3://; empty: one is trained here", operational=True

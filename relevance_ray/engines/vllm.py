@@ -68,6 +68,7 @@ class VllmModel(FolderModel):
         memory_share: float = 1.0,
     ) -> None:
         vllm = import_vllm()
+        self._num_tokens = 0
         self.info = read_model_info(folder)
         self.gains = gains_of(self.info, AutoConfig.from_pretrained(folder).num_labels)
         self.encoder = PairEncoder(AutoTokenizer.from_pretrained(folder), self.info.template)
@@ -89,12 +90,17 @@ class VllmModel(FolderModel):
         self._llm = open_llm(str(folder), defaults, engine_args, device, num_threads)
         self._params = vllm.PoolingParams
 
+    @property
+    def num_tokens(self) -> int:
+        return self._num_tokens
+
     def _forward(
         self, queries: Sequence[str], products: Sequence[Mapping[str, Any]]
     ) -> tuple[np.ndarray, list[str | None]]:
         encoded = self.encoder.encode(queries, products)
         class_logits = np.full((len(queries), len(self.gains)), np.nan, dtype=np.float32)
         rows = np.flatnonzero(encoded.lengths)
+        self._num_tokens += int(encoded.lengths.sum())
         if len(rows):
             types = encoded.token_type_ids
             # `use_activation` off: no softmax or sigmoid, the logits as they are.
