@@ -13,10 +13,10 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from botocore.exceptions import BotoCoreError
-
 from relevance_ray.errors import UserError
-from relevance_ray.storage import create_exclusive, exists, is_remote, join, read_json, remove_tree, write_bytes
+from relevance_ray.file_systems import StorageError, is_remote
+from relevance_ray.storage import exists, join, read_json, remove_file
+from relevance_ray.whole_files import create_exclusive, write_bytes
 
 LEASE_SECONDS = 90.0
 """A lease on S3 whose heartbeat is older than this belongs to a dead driver."""
@@ -61,7 +61,7 @@ class Lease:
             self._acquire_local()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         self._stop.set()
         if self._file is not None:
             self._file.close()
@@ -69,8 +69,13 @@ class Lease:
         self._heartbeat.join()
         if self._lost.is_set():
             raise UserError(f"another driver took storage.root {self.root} over; see that only one runs")
-        if exists(self.path) and read_json(self.path)["token"] == self._owner["token"]:
-            remove_tree(self.path)
+        try:
+            if exists(self.path) and read_json(self.path)["token"] == self._owner["token"]:
+                remove_file(self.path)
+        except StorageError:
+            if kind is None:
+                raise
+            # What ended the run is told instead, which may be the same store; the lease runs out by itself.
 
     def _refuse(self, holder: Mapping[str, Any]) -> UserError:
         who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
@@ -129,5 +134,5 @@ class Lease:
                     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
                     return
                 write_bytes(self.path, self._stamp())
-            except (OSError, BotoCoreError):
+            except (OSError, StorageError):
                 continue  # the next beat may get through; until then nobody takes over

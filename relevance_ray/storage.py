@@ -18,29 +18,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-from botocore.exceptions import BotoCoreError
 
 from relevance_ray.errors import UserError
-
-
-def is_remote(path: str) -> bool:
-    return "://" in path and not path.startswith("file://")
-
-
-def _open_fs(path: str) -> tuple[Any, str]:
-    """The file system of a path and the path within it."""
-    if not is_remote(path):
-        return fsspec.filesystem("file"), os.path.abspath(path.removeprefix("file://"))
-    options: dict[str, Any] = {"use_listings_cache": False} if path.startswith("s3://") else {}
-    try:
-        return fsspec.core.url_to_fs(path, **options)
-    except (ValueError, ImportError) as error:
-        raise UserError(
-            f"storage path {path!r} cannot be opened ({error}); use a local folder or s3://bucket/prefix"
-        ) from error
+from relevance_ray.file_systems import StorageError, error_code, is_remote, opened, why
+from relevance_ray.whole_files import create_exclusive, write_bytes
 
 
 def join(root: str, *parts: str) -> str:
@@ -48,38 +31,37 @@ def join(root: str, *parts: str) -> str:
 
 
 def exists(path: str) -> bool:
-    fs, inner = _open_fs(path)
-    return bool(fs.exists(inner))
+    with opened(path) as (fs, inner):
+        return bool(fs.exists(inner))
 
 
 def check_reachable(path: str) -> None:
     """Raise `UserError` where a bucket is not there, or a path not for us; nothing is asked of a local path."""
     if not is_remote(path):
         return
-    fs, inner = _open_fs(path)
     try:
-        fs.ls(inner, detail=False)
-    except (OSError, BotoCoreError) as error:
-        response = getattr(error.__cause__, "response", None) or {}
-        if isinstance(error, FileNotFoundError) and response.get("Error", {}).get("Code") != "NoSuchBucket":
+        with opened(path) as (fs, inner):
+            fs.ls(inner, detail=False)
+    except (FileNotFoundError, StorageError) as error:
+        cause = error.__cause__ if isinstance(error, StorageError) and error.__cause__ else error
+        if isinstance(cause, FileNotFoundError) and error_code(cause) != "NoSuchBucket":
             return  # nothing is there yet
-        why = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"cannot reach {path} ({why}); make the bucket, or mend the endpoint and credentials in the environment "
+            f"cannot reach {path} ({why(cause)}); make the bucket, or mend the endpoint and credentials in the environment "
             "(AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
         ) from error
 
 
 def listdir(path: str) -> list[str]:
     """Sorted names directly inside a folder; empty where the folder does not exist."""
-    fs, inner = _open_fs(path)
-    try:
-        names = fs.ls(inner, detail=False)
-    except FileNotFoundError:
-        return []
-    return sorted(
-        str(name).rstrip("/").rsplit("/", 1)[-1] for name in names if str(name).rstrip("/") != inner.rstrip("/")
-    )
+    with opened(path) as (fs, inner):
+        try:
+            names = fs.ls(inner, detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted(
+            str(name).rstrip("/").rsplit("/", 1)[-1] for name in names if str(name).rstrip("/") != inner.rstrip("/")
+        )
 
 
 def makedirs(path: str) -> None:
@@ -89,64 +71,29 @@ def makedirs(path: str) -> None:
 
 def remove_tree(path: str) -> None:
     """Remove a file or folder with all it holds; nothing happens where there is none."""
-    fs, inner = _open_fs(path)
-    with contextlib.suppress(FileNotFoundError):
+    with opened(path) as (fs, inner), contextlib.suppress(FileNotFoundError):
         fs.rm(inner, recursive=True)
+        if is_remote(path) and fs.find(inner):  # s3fs says nothing of a file that a bulk delete left
+            raise StorageError(f"{path} could not be removed; see to the store, and run again")
+
+
+def remove_file(path: str) -> None:
+    """Remove one file; nothing happens where there is none."""
+    with opened(path) as (fs, inner), contextlib.suppress(FileNotFoundError):
+        fs.rm_file(inner)
 
 
 def read_bytes(path: str) -> bytes:
-    fs, inner = _open_fs(path)
-    return bytes(fs.cat_file(inner))
+    with opened(path) as (fs, inner):
+        return bytes(fs.cat_file(inner))
 
 
 def read_json(path: str) -> Any:
     return json.loads(read_bytes(path))
 
 
-def write_bytes(path: str, data: bytes) -> None:
-    """Write a whole file: a reader sees the old content or the new, never a part."""
-    if is_remote(path):
-        fs, inner = _open_fs(path)
-        fs.pipe_file(inner, data)
-        return
-    temporary = _write_temporary(path, data)
-    os.replace(temporary, path)
-
-
 def write_json(path: str, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode())
-
-
-def create_exclusive(path: str, data: bytes) -> bool:
-    """Create a whole file only where none is yet; False where another was first. `data` must be unique to its writer: on
-    S3 that is what tells the writer's own retried request from another's."""
-    if is_remote(path):
-        fs, inner = _open_fs(path)
-        try:
-            fs.pipe_file(inner, data, mode="create")
-        except FileExistsError:
-            # A retried request may lose against its own first try: what counts is whose content stands there.
-            return bool(fs.cat_file(inner) == data)
-        return True
-    temporary = _write_temporary(path, data)
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    finally:
-        os.unlink(temporary)
-    return True
-
-
-def _write_temporary(path: str, data: bytes) -> str:
-    folder, name = os.path.split(os.path.abspath(path.removeprefix("file://")))
-    os.makedirs(folder, exist_ok=True)
-    temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex[:12]}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return temporary
 
 
 def table_bytes(table: pa.Table) -> bytes:
@@ -172,13 +119,13 @@ def localize(path: str) -> Path:
         raise UserError(f"there is nothing at {path}; give a folder or file that is there")
     target = cache_folder() / "mirror" / fingerprint(path, content_id(path)) / path.rstrip("/").rsplit("/", 1)[-1]
     if not target.exists():
-        fs, inner = _open_fs(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}")
-        if fs.isdir(inner):
-            fs.get(inner.rstrip("/") + "/", f"{partial}/", recursive=True)
-        else:
-            fs.get_file(inner, str(partial))
+        with opened(path) as (fs, inner):
+            if fs.isdir(inner):
+                fs.get(inner.rstrip("/") + "/", f"{partial}/", recursive=True)
+            else:
+                fs.get_file(inner, str(partial))
         _put_in_place(partial, target)
     return target
 
@@ -201,9 +148,9 @@ def publish_folder(local: Path, path: str) -> None:
     """Put a finished local folder at its final path: by one rename on disk, by upload on S3 (where the step's own done
     marker, written after it, makes it count)."""
     if is_remote(path):
-        fs, inner = _open_fs(path)
         remove_tree(path)
-        fs.put(str(local).rstrip("/") + "/", inner.rstrip("/") + "/", recursive=True)
+        with opened(path) as (fs, inner):
+            fs.put(str(local).rstrip("/") + "/", inner.rstrip("/") + "/", recursive=True)
         return
     target = path.removeprefix("file://")
     remove_tree(target)
@@ -222,12 +169,13 @@ def fingerprint(*parts: Any) -> str:
 
 def content_id(path: str) -> str:
     """Identity of what a file or folder holds: ETags on S3, BLAKE2b of the bytes on disk; "absent" where none is."""
-    fs, inner = _open_fs(path)
-    if not fs.exists(inner):
-        return "absent"
-    if is_remote(path):
-        infos = fs.find(inner, detail=True) or {inner: fs.info(inner)}
-        return fingerprint([[name.removeprefix(inner), str(info.get("ETag"))] for name, info in sorted(infos.items())])
+    with opened(path) as (fs, inner):
+        if not fs.exists(inner):
+            return "absent"
+        if is_remote(path):
+            infos = fs.find(inner, detail=True) or {inner: fs.info(inner)}
+            tags = [[name.removeprefix(inner), str(info.get("ETag"))] for name, info in sorted(infos.items())]
+            return fingerprint(tags)
     files = sorted(file for file in Path(inner).rglob("*") if file.is_file()) if os.path.isdir(inner) else [Path(inner)]
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
@@ -257,7 +205,8 @@ class CommitLog:
         for name in listdir(join(self.folder, "commits")):
             shard = name.removesuffix(".json")
             if name.endswith(".json") and not name.startswith(".") and shard not in self._records:
-                self._records[shard] = read_json(join(self.folder, "commits", name))
+                with contextlib.suppress(FileNotFoundError):  # taken back since it was listed
+                    self._records[shard] = read_json(join(self.folder, "commits", name))
         return dict(sorted(self._records.items()))
 
     def commit(self, shard: str, table: pa.Table, fingerprint: str, extra: Mapping[str, Any] | None = None) -> bool:
@@ -307,7 +256,9 @@ class CommitLog:
     def record(self, shard: str) -> dict[str, Any] | None:
         """What the commit of a shard says now, None where it has none."""
         place = self._commit_file(shard)
-        return dict(read_json(place)) if exists(place) else None
+        with contextlib.suppress(FileNotFoundError):
+            return dict(read_json(place))
+        return None
 
     def _commit_file(self, shard: str) -> str:
         return join(self.folder, "commits", f"{shard}.json")
@@ -326,7 +277,7 @@ class CommitLog:
 
     def drop(self, shard: str) -> None:
         """Take a commit back, so that its shard is done again."""
-        remove_tree(self._commit_file(shard))
+        remove_file(self._commit_file(shard))
         self._records.pop(shard, None)
 
     def sweep(self) -> int:

@@ -35,6 +35,16 @@ def ray_cluster() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The root of a labeling job (`labeling_job.py`) that nothing disturbed."""
+    from labeling_runs import finish, start
+
+    root = str(tmp_path_factory.mktemp("undisturbed"))
+    finish(start(root, 0.0))
+    return root
+
+
+@pytest.fixture(scope="session")
 def s3_server() -> Iterator[None]:
     """An S3 of our own with an empty bucket `bucket`, and the environment that points to it."""
     moto = pytest.importorskip("moto.server")

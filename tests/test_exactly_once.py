@@ -1,31 +1,18 @@
-"""Exactly once, whatever dies: the driver killed twice, a node lost, S3 that answers with errors."""
+"""Exactly once, whatever dies: the driver killed twice, a node lost (for an S3 that fails, see test_s3_faults.py)."""
 
 from __future__ import annotations
 
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from labeling_job import GROUPS, NUM_SHARDS, PRODUCTS, labels_of
+from labeling_job import NUM_SHARDS
+from labeling_runs import assert_labeled_once, finish, start
 
 from relevance_ray.storage import CommitLog, join
-
-SCRIPT = Path(__file__).with_name("labeling_job.py")
-
-
-def start(root: str, seconds: float, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, str(SCRIPT), root, str(seconds), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    out, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, out
-    return out
 
 
 def wait_for_commits(root: str, count: int, process: subprocess.Popen[str]) -> None:
@@ -34,25 +21,6 @@ def wait_for_commits(root: str, count: int, process: subprocess.Popen[str]) -> N
         assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
-
-
-def assert_labeled_once(root: str, undisturbed: str) -> None:
-    """Every pair has one label, the one it has in an undisturbed run, byte for byte shard by shard."""
-    expected = CommitLog(join(undisturbed, "label")).committed()
-    found = CommitLog(join(root, "label")).committed()
-    assert {name: record["checksum"] for name, record in found.items()} == {
-        name: record["checksum"] for name, record in expected.items()
-    }
-    labels = labels_of(root)
-    assert len(labels) == len({pair for pair, _ in labels}) == NUM_SHARDS * GROUPS * PRODUCTS
-    assert labels == labels_of(undisturbed)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
-    root = str(tmp_path_factory.mktemp("undisturbed"))
-    finish(start(root, 0.0))
-    return root
 
 
 def kill_twice_then_finish(root: str) -> str:

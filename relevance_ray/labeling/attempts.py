@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import uuid
 
-from relevance_ray.storage import create_exclusive, join, listdir, read_json, remove_tree, write_json
+from relevance_ray.storage import join, listdir, read_json, remove_file, remove_tree, write_json
+from relevance_ray.whole_files import create_exclusive
 
 MAX_ATTEMPTS = 3
 """A shard that failed so often is set aside and named, and the job goes on without it."""
@@ -41,7 +42,7 @@ class Attempts:
     def end(self, shard: str, number: int) -> None:
         """Remove the marks of a shard that is done."""
         for spent in range(1, number + 1):
-            remove_tree(self._mark(shard, spent))
+            remove_file(self._mark(shard, spent))
 
     def set_aside(self, shard: str) -> None:
         """Give a shard up, for the last reason known, until it is labeled on request."""
@@ -73,7 +74,7 @@ def shards_set_aside(folder: str) -> dict[str, str]:
 
 def take_back(folder: str, shard: str) -> None:
     """Forget that a shard was given up."""
-    remove_tree(_failed(folder, shard))
+    remove_file(_failed(folder, shard))
 
 
 def sweep_marks(folder: str) -> None:

@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from relevance_ray.engines.base import Engine
 from relevance_ray.errors import UserError
+from relevance_ray.file_systems import StorageError
 from relevance_ray.labeling.attempts import Attempts, shards_set_aside, sweep_marks, take_back
 from relevance_ray.labeling.earlier import EarlierLabels, build_index
 from relevance_ray.labeling.shard import Known, count_errors, known_rows, label_groups
@@ -66,7 +67,8 @@ class ShardLabeler:
     """The actor: an engine that labels and commits one shard at a time.
 
     An engine that fails is opened anew and the shard tried again, `MAX_ATTEMPTS` times in all and over all actors; then
-    the shard is set aside.
+    the shard is set aside. So it is where the shard cannot be read or its labels not be written, for which the engine is
+    kept. A store that does not even take the marks of tries ends the job.
     """
 
     def __init__(self, folder: str, fingerprint: str, open_engine: EngineFactory, run: str, index: str = "") -> None:
@@ -96,19 +98,18 @@ class ShardLabeler:
         while (attempt := self._attempts.begin(name)) is not None:
             try:
                 labeled, reused, tokens = self._label_once(path, previous)
+                num_pairs = len(labeled.column("products").combine_chunks().flatten())
+                counts = {"pairs": num_pairs, "errors": count_errors(labeled), "reused": reused, "tokens": tokens}
+                self._commit(name, labeled, counts, previous)
+            except StorageError as error:
+                self._attempts.fail(name, attempt, str(error))
+                continue
             except UserError:
                 raise
             except Exception as error:  # noqa: BLE001 (whatever an engine raises is written down, and bounded)
                 self._attempts.fail(name, attempt, f"{type(error).__name__}: {error}")
                 self._drop_engine(error)
                 continue
-            num_pairs = len(labeled.column("products").combine_chunks().flatten())
-            counts = {"pairs": num_pairs, "errors": count_errors(labeled), "reused": reused, "tokens": tokens}
-            if previous:
-                old_file = previous.rsplit("/", 1)[-1]
-                self._log.replace(name, labeled, self._fingerprint, counts, instead_of=old_file)
-            else:
-                self._log.commit(name, labeled, self._fingerprint, counts)
             self._attempts.end(name, attempt)
             return counts
         self._attempts.set_aside(name)
@@ -130,6 +131,13 @@ class ShardLabeler:
     def _opened(self) -> Engine:
         self._engine = self._engine or self._open_engine()
         return self._engine
+
+    def _commit(self, name: str, labeled: pa.Table, counts: dict[str, int], previous: str) -> None:
+        if previous:
+            old_file = previous.rsplit("/", 1)[-1]
+            self._log.replace(name, labeled, self._fingerprint, counts, instead_of=old_file)
+        else:
+            self._log.commit(name, labeled, self._fingerprint, counts)
 
     def _drop_engine(self, error: Exception) -> None:
         if "CUDA error" in str(error):
