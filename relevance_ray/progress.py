@@ -10,7 +10,7 @@ import os
 import resource
 import sys
 import time
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 TTY_SECONDS = 0.2
 PLAIN_SECONDS = 10.0
@@ -27,6 +27,16 @@ def memory_used() -> int:
         return peak if sys.platform == "darwin" else peak * 1024
 
 
+class Log(Protocol):
+    """Where the JSON lines go; an open text file is one."""
+
+    def write(self, line: str, /) -> object: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class Progress:
     """Counts `done` of `total` and shows rate, failures and time left.
 
@@ -34,7 +44,7 @@ class Progress:
         description: what is being done, at the head of the line.
         total: how many units in all; without it no share and no time left are shown.
         unit: what is counted ("pairs", "groups").
-        log: a local file that gets one JSON line for each line shown.
+        log: a local file, or any `Log`, that gets one JSON line for each line shown.
     """
 
     def __init__(
@@ -42,7 +52,7 @@ class Progress:
         description: str,
         total: int | None = None,
         unit: str = "pairs",
-        log: str | os.PathLike[str] | None = None,
+        log: str | os.PathLike[str] | Log | None = None,
         stream: TextIO | None = None,
     ) -> None:
         self.description, self.total, self.unit = description, total, unit
@@ -52,8 +62,10 @@ class Progress:
         self._start = time.monotonic()
         self._last = 0.0
         self._width = 0
-        self._log = None
-        if log is not None:
+        self._log: Log | None = None
+        if log is not None and not isinstance(log, str | os.PathLike):
+            self._log = log
+        elif log is not None:
             os.makedirs(os.path.dirname(os.path.abspath(log)), exist_ok=True)
             self._log = open(log, "a", encoding="utf-8")  # noqa: SIM115 (closed with the line)
 

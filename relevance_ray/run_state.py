@@ -18,6 +18,7 @@ from relevance_ray.config import Config, build_config
 from relevance_ray.errors import UserError
 from relevance_ray.labeling.attempts import shards_set_aside
 from relevance_ray.lease import lease_holder
+from relevance_ray.object_log import newest_lines
 from relevance_ray.step_folders import STEPS
 from relevance_ray.storage import CommitLog, check_reachable, exists, is_remote, join, read_json, write_json
 
@@ -87,13 +88,8 @@ def _step_line(step: str, folder: str) -> str:
 
 
 def _last_line(root: str) -> str | None:
-    """The newest line of the run's log; a root on S3 has none."""
-    log = Path(root.removeprefix("file://")) / "log.jsonl"
-    if is_remote(root) or not log.is_file():
-        return None
-    with open(log, "rb") as file:
-        file.seek(max(0, log.stat().st_size - 4096))
-        lines = [line for line in file.read().split(b"\n") if line.endswith(b"}")]
+    """The newest line of the run's log."""
+    lines = [line for line in _end_of_log(root).split(b"\n") if line.endswith(b"}")]
     if not lines:
         return None
     record = json.loads(lines[-1])
@@ -104,3 +100,14 @@ def _last_line(root: str) -> str | None:
     if record["seconds_left"] is not None:
         parts.append(f"{record['seconds_left'] / 60:,.1f} minutes left")
     return f"{', '.join(parts)} ({time.time() - record['time']:,.0f} s ago)"
+
+
+def _end_of_log(root: str) -> bytes:
+    if is_remote(root):
+        return newest_lines(root)
+    log = Path(root.removeprefix("file://")) / "log.jsonl"
+    if not log.is_file():
+        return b""
+    with open(log, "rb") as file:
+        file.seek(max(0, log.stat().st_size - 4096))
+        return file.read()

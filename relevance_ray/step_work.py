@@ -13,6 +13,7 @@ from typing import Any
 from relevance_ray.config import Config
 from relevance_ray.errors import UserError
 from relevance_ray.model_folder import read_model_info
+from relevance_ray.object_log import ObjectLog
 from relevance_ray.options import semantic
 from relevance_ray.progress import Progress
 from relevance_ray.ray_session import check_resources, ray_session
@@ -48,6 +49,7 @@ class StepWork:
 
     def __init__(self, config: Config, at: StepFolders, say: Say, stack: contextlib.ExitStack) -> None:
         self.config, self.at, self.say, self._stack = config, at, say, stack
+        self._log = ObjectLog(at.root) if is_remote(at.root) else f"{at.root}/log.jsonl"
 
     def run(self, step: str, folder: str, retry: bool = False) -> dict[str, Any]:
         """Do a step, and mark it done by its `step.json`; the summary that stands there."""
@@ -79,8 +81,7 @@ class StepWork:
         check_resources(count, cpus, gpus, f"resources.{key}")
 
     def _progress(self, description: str, total: int | None, unit: str) -> Progress:
-        log = None if is_remote(self.at.root) else f"{self.at.root}/log.jsonl"
-        return Progress(description, total, unit, log=log)
+        return Progress(description, total, unit, log=self._log)
 
     def _work(self, step: str, folder: str) -> Path:
         """A local folder for checkpoints: within the step on disk, in the cache where the root is on S3."""
