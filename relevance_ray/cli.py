@@ -101,6 +101,7 @@ _step_command("prepare", "Read and check the data, and split it by query.")
 _step_command("train-teacher", "Train the teacher on the human judgments.")
 _step_command("generate", "Generate pairs to label.")
 _step_command("label", "Label the pairs with the teacher.")
+_step_command("compact", "Put the labels into few large files.")
 _step_command("train-student", "Distill the student.")
 _step_command("evaluate", "Compare all models on held-out human judgments.")
 

@@ -19,7 +19,7 @@ from relevance_ray.errors import UserError
 from relevance_ray.labeling.attempts import shards_set_aside
 from relevance_ray.lease import lease_holder
 from relevance_ray.object_log import newest_lines
-from relevance_ray.step_folders import STEPS
+from relevance_ray.step_folders import ALL_STEPS
 from relevance_ray.storage import CommitLog, check_reachable, exists, is_remote, join, read_json, write_json
 
 _FILE = "run.json"
@@ -49,7 +49,7 @@ def config_of(root: str) -> tuple[Config, str]:
 def describe(root: str) -> Iterator[str]:
     """Lines that say how far each step is, what failed, and whether a driver is at work."""
     state = _read(root)
-    for step in STEPS:
+    for step in ALL_STEPS:
         if step in state["folders"]:
             yield f"{step:14} {_step_line(step, state['folders'][step])}"
     holder = lease_holder(root)
@@ -72,12 +72,12 @@ def _step_line(step: str, folder: str) -> str:
     marker = join(folder, "step.json")
     done = read_json(marker) if exists(marker) else None
     took = f"done in {done['seconds']:,.0f} s, {done['finished']}" if done else "not finished"
-    if step not in ("generate", "label"):
+    if step not in ("generate", "label", "compact"):
         return took
     committed = CommitLog(folder).committed()
     records = committed.values()
     pairs, errors = (sum(record.get(key, 0) for record in records) for key in ("pairs", "errors"))
-    parts = [took, f"{len(records):,} shards", f"{pairs:,} pairs"]
+    parts = [took, f"{len(records):,} {'files' if step == 'compact' else 'shards'}", f"{pairs:,} pairs"]
     if errors:
         parts.append(f"{errors:,} failed rows")
     given_up = shards_set_aside(folder) if step == "label" else {}

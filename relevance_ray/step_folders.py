@@ -22,6 +22,11 @@ VERSIONS = {"prepare": 1, "train-teacher": 2, "generate": 2, "label": 1, "train-
 
 STEPS = tuple(VERSIONS)
 
+ON_DEMAND = {"compact": 1}
+"""Steps, with their versions, that are done only where they are asked for by name."""
+
+ALL_STEPS = VERSIONS | ON_DEMAND
+
 NEEDS = {
     "prepare": (),
     "train-teacher": ("prepare",),
@@ -29,6 +34,7 @@ NEEDS = {
     "label": ("train-teacher", "generate"),
     "train-student": ("label",),
     "evaluate": ("train-student",),
+    "compact": ("label",),
 }
 """What must be there before a step; without a teacher to train, `train-teacher` falls out."""
 
@@ -52,7 +58,7 @@ class StepFolders:
     def key(self, step: str) -> str:
         """The fingerprint of a step. That of `train-student` is known once its labels are there."""
         if step not in self._keys:
-            self._keys[step] = fingerprint(step, VERSIONS[step], *self._inputs(step))
+            self._keys[step] = fingerprint(step, ALL_STEPS[step], *self._inputs(step))
         return self._keys[step]
 
     def _inputs(self, step: str) -> list[Any]:
@@ -79,6 +85,8 @@ class StepFolders:
             records = CommitLog(self.folder("label")).committed()
             labels = [records[name]["checksum"] for name in self.labeled_shards()]
             return [self.key("prepare"), semantic(config.student), labels]
+        if step == "compact":  # one generate's labels at one layout, however many; the label folder holds those of many
+            return [self.key("label"), self.key("generate"), config.label.compact_mb]
         given = content_id(config.label.model) if config.label.model else ""
         teacher = self.key("train-teacher") if self.trains_teacher else given
         return [self.key("prepare"), self.key("train-student"), teacher, semantic(config.evaluate)]
@@ -104,6 +112,9 @@ class StepFolders:
             return {"num_pairs": self.config.generate.num_pairs}
         if step == "label":
             return {"shards": fingerprint([shard.label_name for shard in self.shards()])}
+        if step == "compact":
+            records = CommitLog(self.folder("label")).committed()
+            return {"labels": fingerprint([[name, records[name]["checksum"]] for name in self.labeled_shards()])}
         return {}
 
     def is_done(self, step: str) -> bool:
@@ -127,18 +138,18 @@ class StepFolders:
         """A step and all that it needs, in order; everything without one."""
         if until is None:
             return self.steps
-        if until not in STEPS:
-            raise UserError(f"--until {until} is none of {', '.join(STEPS)}")
-        if until not in self.steps:
+        if until not in ALL_STEPS:
+            raise UserError(f"--until {until} is none of {', '.join(ALL_STEPS)}")
+        if until not in (*self.steps, *ON_DEMAND):
             raise UserError(
                 "no teacher is trained where label.model names one, or with an engine that is none of ours; "
                 "set label.engine=transformers and no label.model"
             )
         wanted = {until}
-        for step in reversed(STEPS):
+        for step in reversed(ALL_STEPS):
             if step in wanted:
                 wanted.update(NEEDS[step])
-        return tuple(step for step in self.steps if step in wanted)
+        return tuple(step for step in (*self.steps, *ON_DEMAND) if step in wanted)
 
     def labeled_shards(self) -> list[str]:
         """Names of the shards of this run that have labels: all but those set aside."""

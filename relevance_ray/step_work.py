@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -62,6 +62,7 @@ class StepWork:
             "label": partial(self._label, retry=retry),
             "train-student": self._train_student,
             "evaluate": self._evaluate,
+            "compact": self._compact,
         }
         summary = runners[step](folder)
         marker = {
@@ -181,6 +182,27 @@ class StepWork:
         if summary["reused"]:
             self.say(f"label: {summary['reused']:,} pairs were labeled in earlier shards, and their labels taken over")
         return summary
+
+    def _compact(self, folder: str) -> dict[str, Any]:
+        from relevance_ray.labeling.compact_pipeline import in_ray_tasks
+        from relevance_ray.labeling.compaction import Do, Part, compact, in_turn
+
+        def run(do: Do, parts: Sequence[Part]) -> Iterator[int]:
+            if len(parts) < 2:
+                return in_turn(do, parts)
+            self._ray()
+            return in_ray_tasks(do, parts)
+
+        with self._progress("compact", None, "pairs") as progress:
+            return compact(
+                CommitLog(self.at.folder("label")),
+                self.at.labeled_shards(),
+                folder,
+                self.at.key("compact"),
+                target_bytes=int(self.config.label.compact_mb * 2**20),
+                run=run,
+                progress=progress,
+            )
 
     def _train_student(self, folder: str) -> dict[str, Any]:
         log = CommitLog(self.at.folder("label"))

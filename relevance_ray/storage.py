@@ -14,7 +14,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from relevance_ray.errors import UserError
 from relevance_ray.file_systems import StorageError, error_code, is_remote, opened, why
-from relevance_ray.whole_files import create_exclusive, write_bytes
+from relevance_ray.whole_files import HashingStream, create_exclusive, streamed, write_bytes
 
 
 def join(root: str, *parts: str) -> str:
@@ -62,6 +62,13 @@ def listdir(path: str) -> list[str]:
         return sorted(
             str(name).rstrip("/").rsplit("/", 1)[-1] for name in names if str(name).rstrip("/") != inner.rstrip("/")
         )
+
+
+def file_sizes(path: str) -> dict[str, int]:
+    """Name -> bytes of the files directly inside a folder."""
+    with opened(path) as (fs, inner):
+        infos = fs.ls(inner, detail=True)
+    return {str(info["name"]).rsplit("/", 1)[-1]: int(info["size"]) for info in infos if info["type"] == "file"}
 
 
 def makedirs(path: str) -> None:
@@ -229,17 +236,11 @@ class CommitLog:
         instead_of: str | None,
     ) -> bool:
         data = table_bytes(table)
-        name = f"{shard}-{uuid.uuid4().hex[:12]}.parquet"
+        name = _data_file(shard)
         write_bytes(join(self.folder, "data", name), data)
-        record = {
-            "file": name,
-            "rows": table.num_rows,
-            "checksum": hashlib.blake2b(data, digest_size=16).hexdigest(),
-            "fingerprint": fingerprint,
-            "committed": round(time.time(), 3),
-            **(extra or {}),
-        }
-        place, content = self._commit_file(shard), json.dumps(record).encode()
+        checksum = hashlib.blake2b(data, digest_size=16).hexdigest()
+        content = _commit_of({"file": name, "rows": table.num_rows, "checksum": checksum}, fingerprint, extra)
+        place = self._commit_file(shard)
         if instead_of is None:
             if not create_exclusive(place, content):
                 return False
@@ -251,6 +252,30 @@ class CommitLog:
         if not exists(join(self.folder, "data", name)):
             # A new driver took this actor for dead and swept the file between the two writes.
             write_bytes(join(self.folder, "data", name), data)
+        return True
+
+    def write_streamed(self, shard: str, write: Callable[[HashingStream], int]) -> dict[str, Any]:
+        """Write a data file piece by piece, to be committed by `commit_written` and an orphan until then.
+
+        Args:
+            write: puts the file's bytes into a stream, and gives its number of rows.
+        """
+        name = _data_file(shard)
+        with streamed(join(self.folder, "data", name)) as stream:
+            hashing = HashingStream(stream)
+            rows = write(hashing)
+        return {"file": name, "rows": rows, "checksum": hashing.digest.hexdigest()}
+
+    def commit_written(
+        self, shard: str, written: Mapping[str, Any], fingerprint: str, extra: Mapping[str, Any] | None = None
+    ) -> bool:
+        """Commit what `write_streamed` gave. False where another attempt had committed the shard first, or a new driver
+        took this one for dead and swept the file."""
+        if not create_exclusive(self._commit_file(shard), _commit_of(written, fingerprint, extra)):
+            return False
+        if not exists(join(self.folder, "data", written["file"])):
+            self.drop(shard)
+            return False
         return True
 
     def record(self, shard: str) -> dict[str, Any] | None:
@@ -287,3 +312,13 @@ class CommitLog:
         for name in orphans:
             remove_tree(join(self.folder, "data", name))
         return len(orphans)
+
+
+def _data_file(shard: str) -> str:
+    """A name that no other attempt has."""
+    return f"{shard}-{uuid.uuid4().hex[:12]}.parquet"
+
+
+def _commit_of(written: Mapping[str, Any], fingerprint: str, extra: Mapping[str, Any] | None) -> bytes:
+    record = {**written, "fingerprint": fingerprint, "committed": round(time.time(), 3), **(extra or {})}
+    return json.dumps(record).encode()

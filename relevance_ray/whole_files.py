@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import io
 import os
 import time
 import uuid
@@ -17,6 +19,8 @@ from relevance_ray.file_systems import error_code, is_remote, opened
 
 PART_BYTES = 16 * 2**20
 """What of a streamed file is held in memory, and sent to S3 at once."""
+
+READ_AHEAD_BYTES = 2**20
 
 _CONFLICT_CODES = ("ConditionalRequestConflict", "OperationAborted", "409")
 _CONFLICT_SECONDS = (0.1, 0.5, 1.0, 2.0)
@@ -80,6 +84,13 @@ def _write_temporary(path: str, data: bytes) -> str:
 
 
 @contextlib.contextmanager
+def reading(path: str) -> Iterator[IO[bytes]]:
+    """A file to be read in places, without the rest of it."""
+    with opened(path) as (fs, inner), fs.open(inner, "rb", block_size=READ_AHEAD_BYTES) as file:
+        yield file
+
+
+@contextlib.contextmanager
 def streamed(path: str) -> Iterator[IO[bytes]]:
     """A stream whose bytes become the file at a path that nobody else writes, once the block ends well. On disk the file
     grows in sight, so its path must mean nothing yet; on S3 it is not there before its last part is."""
@@ -108,3 +119,27 @@ def streamed(path: str) -> Iterator[IO[bytes]]:
             # The upload was finished by a request whose answer was lost; to the next try, it is no longer there.
             if not fs.exists(inner) or fs.size(inner) != size:
                 raise
+
+
+class HashingStream(io.RawIOBase):
+    """A stream to write to that passes all on to another.
+
+    Attributes:
+        digest: BLAKE2b-128 of what was written.
+    """
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream, self.digest = stream, hashlib.blake2b(digest_size=16)
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return self._stream.write(data)
+
+    def tell(self) -> int:
+        return self._stream.tell()
+
+    def flush(self) -> None:
+        """Nothing: what is written goes on at once, and a flush of S3's stream would be a part too small."""

@@ -25,7 +25,14 @@ PARTS = [
 ]
 LEVEL = {name: level for level, part in enumerate(PARTS) for name in ((part,) if isinstance(part, str) else part)}
 TOP = {"config", "planning", "run_state", "step_folders", "step_work", "steps", "cli", "demo", "scoring"}
-RAY_SHELLS = {"generate/pipeline.py", "labeling/pipeline.py", "serving/app.py", "cli.py", "ray_session.py"}
+RAY_SHELLS = {
+    "generate/pipeline.py",
+    "labeling/pipeline.py",
+    "labeling/compact_pipeline.py",
+    "serving/app.py",
+    "cli.py",
+    "ray_session.py",
+}
 PYDANTIC_SHELLS = {"config.py", "serving/http.py"}
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 

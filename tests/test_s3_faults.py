@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pytest
+import yaml
 from flaky_s3 import Fault, FlakyS3, Plan, Request, seeded
 from labeling_job import NUM_SHARDS, SlowEngine, shards_of
 from labeling_runs import assert_labeled_once, finish, start
@@ -23,6 +27,7 @@ from relevance_ray.file_systems import StorageError
 from relevance_ray.labeling.attempts import MAX_ATTEMPTS, shards_set_aside
 from relevance_ray.labeling.pipeline import ShardLabeler
 from relevance_ray.lease import Lease
+from relevance_ray.object_log import newest_lines
 from relevance_ray.storage import CommitLog, join, listdir
 from relevance_ray.whole_files import create_exclusive, streamed, write_bytes
 
@@ -127,6 +132,54 @@ def test_an_s3_that_goes_away_ends_the_job_in_one_sentence_and_what_follows_resu
     assert f"'skipped': {len(kept)}" in said
     assert_committed_once(flaky, join(root, "label"))
     assert_labeled_once(root, undisturbed)
+
+
+@pytest.mark.slow
+def test_the_command_says_in_one_sentence_that_its_s3_went_away_and_goes_on_when_it_is_back(
+    flaky: FlakyS3, tmp_path: Path
+) -> None:
+    config = tmp_path / "run.yaml"
+    values = {
+        "data": {"market_size": 300},
+        "storage": {"root": "s3://bucket/away-command"},
+        "generate": {"num_pairs": 800, "groups_per_shard": 5, "quotas": {"bm25": 4, "category": 2, "random": 2}},
+        "label": {"engine": "oracle", "compact_mb": 0.02},
+        "resources": {"cpus_per_label_actor": 1},
+    }
+    config.write_text(yaml.safe_dump(values))
+
+    def command() -> subprocess.CompletedProcess[str]:
+        environment = {
+            **os.environ,
+            "AWS_ENDPOINT_URL": flaky.url,
+            "AWS_MAX_ATTEMPTS": "2",
+            "RELEVANCE_RAY_CACHE": str(tmp_path / "cache"),
+        }
+        run = [sys.executable, "-m", "relevance_ray.cli", "compact", str(config)]
+        return subprocess.run(run, capture_output=True, text=True, env=environment, timeout=300, check=False)
+
+    commits = re.compile(r"/label-\w+/commits/")
+
+    def away(_: Request) -> Fault:
+        return "503" if sum(request.exclusive and bool(commits.search(request.path)) for request in made) >= 5 else ""
+
+    made = flaky.requests
+    flaky.plan = away
+    ended = command()
+    assert ended.returncode == 2, ended.stderr
+    assert "Traceback" not in ended.stderr
+    (error,) = (line for line in ended.stderr.splitlines() if line.startswith("error: "))
+    assert "failed in spite of retries" in error
+
+    flaky.plan = lambda _: ""
+    storage.remove_file("s3://bucket/away-command/lease.json")  # nobody could give it back: as if it had run out
+    again = command()
+    assert again.returncode == 0, again.stderr
+    assert "generate: done already, skipped" in again.stdout
+    assert "shards were labeled before and were skipped" in again.stdout
+    folder = storage.read_json("s3://bucket/away-command/latest.json")["compact"]
+    assert sum(record["pairs"] for record in CommitLog(folder).committed().values()) == 800
+    assert any(line.startswith("{") for line in newest_lines("s3://bucket/away-command").decode().splitlines())
 
 
 def at_once(*functions: object) -> None:

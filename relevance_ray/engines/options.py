@@ -88,12 +88,17 @@ class EngineOptions:
     )
     device: str = option("auto", 'a torch device, or "auto": the GPU where there is one', operational=True)
     openai: OpenAIOptions = option(OpenAIOptions(), "openai engine: the endpoint and what it is asked")
+    compact_mb: float = option(
+        128.0, "size of a file that `relevance-ray compact` packs label shards into, in MiB", operational=True
+    )
     num_threads: int = option(0, "CPU threads of one engine; 0 leaves its library's own choice", operational=True)
     vllm: VllmOptions = option(VllmOptions(), "what engine `vllm` hands on")
 
     def __post_init__(self) -> None:
         if self.max_batch_tokens < 1:
             raise ValueError(f"max_batch_tokens {self.max_batch_tokens} must be at least 1")
+        if self.compact_mb <= 0:
+            raise ValueError(f"compact_mb {self.compact_mb} must be more than 0")
         if self.num_threads < 0:
             raise ValueError(f"num_threads {self.num_threads} must not be negative")
         if not 0.0 <= self.noise < 1.0:
