@@ -102,7 +102,7 @@ def label_on_a_flaky_s3(proxy: FlakyS3, root: str, seed: int, factor: float, und
 
 
 def test_an_s3_that_fails_hangs_and_loses_answers_gives_each_pair_one_label(flaky: FlakyS3, undisturbed: str) -> None:
-    label_on_a_flaky_s3(flaky, "s3://bucket/flaky", 1, 0.6, undisturbed)
+    label_on_a_flaky_s3(flaky, "s3://bucket/flaky", 1, 0.3, undisturbed)
 
 
 @pytest.mark.slow
