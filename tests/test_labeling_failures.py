@@ -16,11 +16,11 @@ from test_labeling import make_groups
 from relevance_ray.engines.base import Labels, Pair
 from relevance_ray.errors import UserError
 from relevance_ray.labeling.attempts import MAX_ATTEMPTS, Attempts, shards_set_aside, take_back
+from relevance_ray.labeling.labeler import ShardLabeler
 from relevance_ray.labeling.pipeline import (
     MAX_FAILED_IN_ROW,
     EngineFailedError,
     Shard,
-    ShardLabeler,
     label,
     shards_to_label,
 )

@@ -25,7 +25,7 @@ from relevance_ray import file_systems, storage, whole_files
 from relevance_ray.errors import UserError
 from relevance_ray.file_systems import StorageError
 from relevance_ray.labeling.attempts import MAX_ATTEMPTS, shards_set_aside
-from relevance_ray.labeling.pipeline import ShardLabeler
+from relevance_ray.labeling.labeler import ShardLabeler
 from relevance_ray.lease import Lease
 from relevance_ray.object_log import newest_lines
 from relevance_ray.storage import CommitLog, join, listdir

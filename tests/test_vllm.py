@@ -40,7 +40,8 @@ from relevance_ray.engines.options import EngineOptions, VllmOptions
 from relevance_ray.engines.registry import load_pair_model, open_engine
 from relevance_ray.engines.vllm import VllmGenerator, VllmModel
 from relevance_ray.errors import UserError
-from relevance_ray.labeling.pipeline import Shard, ShardLabeler, label, shards_to_label
+from relevance_ray.labeling.labeler import ShardLabeler
+from relevance_ray.labeling.pipeline import Shard, label, shards_to_label
 from relevance_ray.models import resolve_model
 from relevance_ray.storage import CommitLog
 

@@ -8,27 +8,19 @@ growing set of groups is labeled only where it is new.
 
 from __future__ import annotations
 
-import os
 import time
-import traceback
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
-
-from relevance_ray.engines.base import Engine
 from relevance_ray.errors import UserError
-from relevance_ray.file_systems import StorageError
 from relevance_ray.labeling.attempts import Attempts, shards_set_aside, sweep_marks, take_back
-from relevance_ray.labeling.earlier import EarlierLabels, build_index
-from relevance_ray.labeling.shard import Known, count_errors, known_rows, label_groups
+from relevance_ray.labeling.earlier import build_index
+from relevance_ray.labeling.labeler import EngineFactory, ShardLabeler
 from relevance_ray.progress import Progress, memory_used
-from relevance_ray.storage import CommitLog, read_table
+from relevance_ray.storage import CommitLog
 from relevance_ray.watchdog import StalledError, watchdog
-
-EngineFactory = Callable[[], Engine]
 
 MAX_FAILED_IN_ROW = 3
 """More shards than so many and one for each actor, given up with none labeled between them, end a job."""
@@ -55,102 +47,8 @@ def label_name(shard: str, checksum: str) -> str:
     return f"{shard}-{checksum[:12]}"
 
 
-_COUNTS = ("pairs", "errors", "reused", "tokens")
-"""What the record of a labeled shard counts."""
-
-
 class EngineFailedError(Exception):
     """An engine failed on one shard after another: the job ends instead of giving all of them up."""
-
-
-class ShardLabeler:
-    """The actor: an engine that labels and commits one shard at a time.
-
-    An engine that fails is opened anew and the shard tried again, `MAX_ATTEMPTS` times in all and over all actors; then
-    the shard is set aside. So it is where the shard cannot be read or its labels not be written, for which the engine is
-    kept. A store that does not even take the marks of tries ends the job.
-    """
-
-    def __init__(self, folder: str, fingerprint: str, open_engine: EngineFactory, run: str, index: str = "") -> None:
-        self._log, self._attempts = CommitLog(folder), Attempts(folder, run)
-        self._earlier = EarlierLabels(folder, index) if index else None
-        self._fingerprint, self._open_engine = fingerprint, open_engine
-        self._engine: Engine | None = None  # opened by the first shard, where its errors can be told
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        """What became of each shard. What ends the job is told, not raised: Ray Data would strip an error of its kind."""
-        results: list[dict[str, Any]] = []
-        for path, name, previous in zip(batch["path"], batch["label_name"], batch["previous"], strict=True):
-            result = {"label_name": name, "labeled": False, **dict.fromkeys(_COUNTS, 0), "user_error": ""}
-            try:
-                if (record := self._label(str(path), str(name), str(previous))) is not None:
-                    result |= {"labeled": True, **{key: record.get(key, 0) for key in _COUNTS}}
-            except UserError as error:
-                result["user_error"] = str(error)
-            result["memory"] = memory_used()
-            results.append(result)
-        return {key: [result[key] for result in results] for key in results[0]}
-
-    def _label(self, path: str, name: str, previous: str) -> dict[str, int] | None:
-        """The counts of a shard's labels; None where it was set aside."""
-        if not previous and (record := self._log.record(name)) is not None:
-            return record  # committed by a try whose process died before it could say so
-        while (attempt := self._attempts.begin(name)) is not None:
-            try:
-                labeled, reused, tokens = self._label_once(path, previous)
-                num_pairs = len(labeled.column("products").combine_chunks().flatten())
-                counts = {"pairs": num_pairs, "errors": count_errors(labeled), "reused": reused, "tokens": tokens}
-                self._commit(name, labeled, counts, previous)
-            except StorageError as error:
-                self._attempts.fail(name, attempt, str(error))
-                continue
-            except UserError:
-                raise
-            except Exception as error:  # noqa: BLE001 (whatever an engine raises is written down, and bounded)
-                self._attempts.fail(name, attempt, f"{type(error).__name__}: {error}")
-                self._drop_engine(error)
-                continue
-            self._attempts.end(name, attempt)
-            return counts
-        self._attempts.set_aside(name)
-        return None
-
-    def _label_once(self, path: str, previous: str) -> tuple[pa.Table, int, int]:
-        """The labels of a shard, how many of them are taken over from earlier ones, and the tokens that the others took."""
-        if previous:
-            groups = read_table(previous)
-            known: Known | None = known_rows(groups)
-        else:
-            groups = read_table(path)
-            known = self._earlier.known(groups) if self._earlier is not None else None
-        before = self._engine.num_tokens if self._engine is not None else 0
-        labeled = label_groups(groups, self._opened, known)
-        tokens = self._engine.num_tokens - before if self._engine is not None else 0
-        return labeled, 0 if previous or known is None else len(known.rows), tokens
-
-    def _opened(self) -> Engine:
-        self._engine = self._engine or self._open_engine()
-        return self._engine
-
-    def _commit(self, name: str, labeled: pa.Table, counts: dict[str, int], previous: str) -> None:
-        if previous:
-            old_file = previous.rsplit("/", 1)[-1]
-            self._log.replace(name, labeled, self._fingerprint, counts, instead_of=old_file)
-        else:
-            self._log.commit(name, labeled, self._fingerprint, counts)
-
-    def _drop_engine(self, error: Exception) -> None:
-        if "CUDA error" in str(error):
-            os._exit(1)  # no later call of this process can use the GPU; Ray starts another
-        engine, self._engine = self._engine, None  # what a failed engine holds may be what broke it
-        close = getattr(engine, "close", None)
-        if close is None:
-            return
-        try:
-            close()  # what it holds in processes of its own would be missing for the new one
-        except Exception:  # noqa: BLE001 (of whatever kind: Ray ends those processes with this one, and starts another)
-            traceback.print_exc()
-            os._exit(1)
 
 
 def label(
