@@ -32,6 +32,7 @@ from relevance_ray.storage import (
     publish_folder,
     read_table,
     remove_tree,
+    write_json,
 )
 
 _BUCKETS = 64
@@ -62,7 +63,8 @@ def build_index(folder: str, wanted: Collection[str], on_shard: Callable[[int, i
     root = join(folder, "earlier")
     if not names:
         return ""
-    place = join(root, fingerprint(names))
+    files = [records[name]["file"] for name in names]  # a retry gives a shard another file
+    place = join(root, fingerprint(files))
     if exists(join(place, "shards.json")):
         return place
     for stale in listdir(root):
@@ -73,15 +75,14 @@ def build_index(folder: str, wanted: Collection[str], on_shard: Callable[[int, i
     with tempfile.TemporaryDirectory(prefix=".making-", dir=parent, ignore_cleanup_errors=True) as staging:
         made = Path(staging) / "index"
         made.mkdir()
-        files = [records[name]["file"] for name in names]
         for number, file in enumerate(files):
             _append(made, number, read_table(join(folder, "data", file), columns=["query_id"]))
             if on_shard is not None:
                 on_shard(number + 1, len(files))
         for bucket in range(_BUCKETS):
             _sort(made, bucket)
-        (made / "shards.json").write_text(json.dumps(files), encoding="utf-8")
         publish_folder(made, place)
+        write_json(join(place, "shards.json"), files)  # last: on S3 a folder does not appear whole
     return place
 
 
