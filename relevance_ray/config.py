@@ -71,6 +71,14 @@ class ResourceOptions:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative")
 
+    def needed(self, step: str) -> tuple[int, float, float, str]:
+        """How many actors a step wants at once, CPUs and GPUs of each, and the key that says so."""
+        if step == "label":
+            return self.label_actors, self.cpus_per_label_actor, self.gpus_per_label_actor, "resources.label_actors"
+        if step in ("train-teacher", "train-student", "evaluate"):
+            return self.train_workers, self.cpus_per_train_worker, int(self.train_on_gpu), "resources.train_workers"
+        return 0, 0, 0, ""
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:

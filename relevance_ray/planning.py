@@ -24,6 +24,7 @@ from relevance_ray.config import Config
 from relevance_ray.data.readers import open_source
 from relevance_ray.engines.base import Engine, Labels, Pair
 from relevance_ray.errors import UserError
+from relevance_ray.labeling.pipeline import shards_to_label
 from relevance_ray.labeling.shard import label_groups, pairs_of
 from relevance_ray.model_folder import read_model_info
 from relevance_ray.models import resolve_model
@@ -48,7 +49,7 @@ class Plan:
 
     Attributes:
         pairs: asked for.
-        pairs_labeled: of them, labeled already.
+        pairs_labeled: of them, labeled already, in shards that are generated.
         sampled_pairs: that the estimates come from.
         sample: where those come from.
         tokens_per_pair: mean over the sample, as the models of the teacher read them; for an endpoint, a guess of four
@@ -169,10 +170,13 @@ def describe_last(root: str) -> Iterator[str]:
     if not exists(marker):
         return
     took = read_json(marker)
-    summary = took["summary"]
-    asked = summary["pairs"] - summary.get("reused", 0)
-    tokens = f", {summary['tokens'] / asked:.1f} tokens a pair" if summary.get("tokens") and asked else ""
-    yield f"{'last run':10} {summary['pairs']:,} pairs{tokens}, {took['seconds']:,.0f} s with the start of Ray"
+    now = took["summary"].get("labeled_now") or {}
+    if not now.get("pairs"):
+        return
+    tokens = f", {now['tokens'] / now['pairs']:.1f} tokens a pair" if now["tokens"] else ""
+    seconds = took["seconds"]
+    rate = f"{now['pairs'] / seconds:,.1f} pairs/s over {seconds:,.0f} s, the start of Ray and engines included"
+    yield f"{'last run':10} {now['pairs']:,} pairs{tokens}, {rate}"
 
 
 def _sample(config: Config, at: StepFolders) -> tuple[pa.Table, str, LabelScale]:
@@ -230,24 +234,25 @@ def _measure(
         folder = _teacher(config, at, scale, groups, Path(work)) if config.label.runs_teacher else None
         options = replace(config.label, num_threads=config.label.num_threads or config.resources.cpus_per_label_actor)
         engine = open_engine(options, folder, scale, config.data.label_smoothing)
-        rate = _rate(engine, pairs_of(groups), seconds)
+        rate = _rate(engine, pairs_of(groups), seconds, again=options.engine != "vllm")
         if (close := getattr(engine, "close", None)) is not None:
             close()
     where = "this machine" if options.engine == "transformers" else f"this machine, engine {options.engine}"
     return rate, f"measured on {where}"
 
 
-def _rate(engine: Engine, pairs: Sequence[Pair], seconds: float) -> float:
-    """Pairs a second, the first call left out."""
+def _rate(engine: Engine, pairs: Sequence[Pair], seconds: float, again: bool) -> float:
+    """Pairs a second, the first call left out; each other takes about a second, or a shard's pairs. With `again` the
+    sample is gone through as often as there is time; an engine that keeps prefixes would know it by then."""
     engine.label(pairs[:_PAIRS_AT_ONCE])
-    taken, count = 0.0, 0
-    for start in itertools.cycle(range(0, max(1, len(pairs) - _PAIRS_AT_ONCE), _PAIRS_AT_ONCE)):
+    taken, count, start, size = 0.0, 0, 0, _PAIRS_AT_ONCE
+    while taken < seconds and (start < len(pairs) or again):
+        part = pairs[start % len(pairs) : start % len(pairs) + size]
         started = time.perf_counter()
-        engine.label(pairs[start : start + _PAIRS_AT_ONCE])
+        engine.label(part)
         taken += time.perf_counter() - started
-        count += len(pairs[start : start + _PAIRS_AT_ONCE])
-        if taken >= seconds:
-            break
+        count, start = count + len(part), start + size
+        size = max(_PAIRS_AT_ONCE, min(len(pairs), int(count / taken)))
     return count / taken
 
 
@@ -347,11 +352,15 @@ def _gigabytes(sample: pa.Table, num_sampled: int, pairs: int, num_shards: float
 
 
 def _pairs_labeled(at: StepFolders) -> int:
-    """Pairs of this configuration's shards that have labels."""
-    if not exists(join(at.folder("prepare"), "step.json")) or not at.is_done("generate"):
+    """Pairs that are generated already and have labels. What a changed catalog will take over is not known before it is
+    generated."""
+    if not exists(join(at.folder("prepare"), "step.json")):
         return 0
+    generated = CommitLog(at.folder("generate"))
     records = CommitLog(at.folder("label")).committed()
-    return sum(records[shard.label_name]["pairs"] for shard in at.shards() if shard.label_name in records)
+    shards = shards_to_label(generated, list(generated.committed()))
+    labeled = sum(records[shard.label_name]["pairs"] for shard in shards if shard.label_name in records)
+    return min(labeled, at.config.generate.num_pairs)
 
 
 class _AnyLogits:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -11,20 +12,35 @@ from relevance_ray.errors import UserError
 from relevance_ray.quiet import quiet_libraries
 
 
-def check_resources(count: int, cpus: float, gpus: float, key: str) -> None:
+def check_resources(count: int, cpus: float, gpus: float, key: str, num_cpus: int | None = None) -> None:
     """Refuse `count` actors of so many CPUs and GPUs each that a local Ray can never hold at once: it would wait for
-    ever, without a word. A cluster that `RAY_ADDRESS` names may still grow, so it is not asked."""
-    import ray
-
+    ever, without a word. A cluster that `RAY_ADDRESS` names may still grow, so it is not asked. Before Ray is started,
+    with `num_cpus` as `ray_session` would get it, this machine is asked instead."""
     if os.environ.get("RAY_ADDRESS"):
         return
-    there = ray.cluster_resources()
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        there = sys.modules["ray"].cluster_resources()
+    else:
+        there = {"CPU": _cpus(num_cpus), "GPU": _gpus() if gpus else 0}
     for name, each in (("CPU", cpus), ("GPU", gpus)):
         if count * each > there.get(name, 0):
             raise UserError(
                 f"{key} asks for {count} at {each:g} {name}s each, and this Ray has {there.get(name, 0):g}; "
                 "lower it, or what each one takes"
             )
+
+
+def _cpus(num_cpus: int | None) -> int:
+    return num_cpus or max(4, os.cpu_count() or 1)
+
+
+def _gpus() -> int:
+    """As many as a local Ray would find."""
+    from ray._private.accelerators import NvidiaGPUAcceleratorManager
+
+    visible = NvidiaGPUAcceleratorManager.get_current_process_visible_accelerator_ids()
+    found = int(NvidiaGPUAcceleratorManager.get_current_node_num_accelerators())
+    return found if visible is None else min(found, len(visible))
 
 
 _local = threading.Event()
@@ -63,9 +79,8 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False)
     else:
-        cpus = num_cpus or max(4, os.cpu_count() or 1)
         with _without_banner():
-            ray.init(num_cpus=cpus, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+            ray.init(num_cpus=_cpus(num_cpus), include_dashboard=False, logging_level="ERROR", log_to_driver=False)
         _local.set()
     try:
         yield

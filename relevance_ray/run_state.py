@@ -17,6 +17,7 @@ from typing import Any
 from relevance_ray.config import Config, build_config
 from relevance_ray.errors import UserError
 from relevance_ray.labeling.attempts import shards_set_aside
+from relevance_ray.labeling.pipeline import shards_to_label
 from relevance_ray.lease import lease_holder
 from relevance_ray.object_log import newest_lines
 from relevance_ray.step_folders import ALL_STEPS
@@ -51,7 +52,7 @@ def describe(root: str) -> Iterator[str]:
     state = _read(root)
     for step in ALL_STEPS:
         if step in state["folders"]:
-            yield f"{step:14} {_step_line(step, state['folders'][step])}"
+            yield f"{step:14} {_step_line(step, state['folders'])}"
     holder = lease_holder(root)
     if holder is None:
         yield "no driver is at work"
@@ -68,23 +69,37 @@ def _read(root: str) -> dict[str, Any]:
     return dict(read_json(join(root, _FILE)))
 
 
-def _step_line(step: str, folder: str) -> str:
+def _step_line(step: str, folders: dict[str, str]) -> str:
+    folder = folders[step]
     marker = join(folder, "step.json")
     done = read_json(marker) if exists(marker) else None
     took = f"done in {done['seconds']:,.0f} s, {done['finished']}" if done else "not finished"
     if step not in ("generate", "label", "compact"):
         return took
-    committed = CommitLog(folder).committed()
-    records = committed.values()
-    pairs, errors = (sum(record.get(key, 0) for record in records) for key in ("pairs", "errors"))
+    records, given_up, earlier = CommitLog(folder).committed(), {}, 0
+    if step == "label":
+        asked = _labels_asked(folders)
+        earlier = sum(name not in asked for name in records)
+        given_up = {
+            name: why for name, why in shards_set_aside(folder).items() if name in asked and name not in records
+        }
+        records = {name: record for name, record in records.items() if name in asked}
+    pairs, errors = (sum(record.get(key, 0) for record in records.values()) for key in ("pairs", "errors"))
     parts = [took, f"{len(records):,} {'files' if step == 'compact' else 'shards'}", f"{pairs:,} pairs"]
     if errors:
         parts.append(f"{errors:,} failed rows")
-    given_up = shards_set_aside(folder) if step == "label" else {}
-    if set_aside := {shard: why for shard, why in given_up.items() if shard not in committed}:
-        named = "; ".join(f"{shard}: {why}" for shard, why in list(set_aside.items())[:3])
-        parts.append(f"{len(set_aside):,} shards set aside ({named}{'; ...' if len(set_aside) > 3 else ''})")
+    if given_up:
+        named = "; ".join(f"{shard}: {why}" for shard, why in list(given_up.items())[:3])
+        parts.append(f"{len(given_up):,} shards set aside ({named}{'; ...' if len(given_up) > 3 else ''})")
+    if earlier:
+        parts.append(f"{earlier:,} shards of earlier runs beside them")
     return ", ".join(parts)
+
+
+def _labels_asked(folders: dict[str, str]) -> set[str]:
+    """Label names of the shards that the last run generated."""
+    generated = CommitLog(folders["generate"])
+    return {shard.label_name for shard in shards_to_label(generated, list(generated.committed()))}
 
 
 def _last_line(root: str) -> str | None:

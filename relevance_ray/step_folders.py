@@ -17,7 +17,7 @@ from relevance_ray.labeling.pipeline import Shard, shards_to_label
 from relevance_ray.options import semantic
 from relevance_ray.storage import CommitLog, content_id, exists, fingerprint, is_remote, join, listdir, read_json
 
-VERSIONS = {"prepare": 1, "train-teacher": 2, "generate": 2, "label": 1, "train-student": 1, "evaluate": 2}
+VERSIONS = {"prepare": 2, "train-teacher": 2, "generate": 3, "label": 1, "train-student": 1, "evaluate": 2}
 """Raised when a step's code comes to give other results from the same input."""
 
 STEPS = tuple(VERSIONS)
@@ -79,7 +79,8 @@ class StepFolders:
             if config.label.model:
                 return [content_id(config.label.model), semantic(config.label)]
             file = content_id(config.label.path) if config.label.path else ""
-            meaning = [semantic(config.data)[name] for name in ("format", "scale", "label_smoothing")]
+            read = ("format", "scale", "label_smoothing") if file else ("format", "scale")
+            meaning = [semantic(config.data)[name] for name in read]
             return [semantic(config.label), file, *meaning]
         if step == "train-student":
             records = CommitLog(self.folder("label")).committed()
@@ -95,9 +96,8 @@ class StepFolders:
         """The fingerprint of the human judgments with their products, known once `prepare` is done. A teacher hangs on
         it and not on the rest of the catalog, so a product more does not make all labels anew; BM25 within a teacher
         keeps the word counts of the catalog it was trained beside."""
-        prepared = self.folder("prepare")
-        files = [content_id(join(prepared, name)) for name in ("judged_groups.parquet", "scale.json")]
-        return fingerprint(*files, self.config.data.label_smoothing)
+        judged = read_json(join(self.folder("prepare"), "step.json"))["summary"]["judged_content"]
+        return fingerprint(judged, self.config.data.label_smoothing)
 
     def folder(self, step: str) -> str:
         return join(self.root, f"{step}-{self.key(step)}")

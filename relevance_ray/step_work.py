@@ -76,10 +76,10 @@ class StepWork:
         write_json(join(folder, "step.json"), marker)
         return summary
 
-    def _ray(self, count: int = 0, cpus: float = 0, gpus: float = 0, key: str = "") -> None:
-        """Ray from here to the end of the run, which must be able to hold `count` actors at once."""
+    def _ray(self, step: str) -> None:
+        """Ray from here to the end of the run, which must be able to hold what a step wants at once."""
         self._stack.enter_context(ray_session(self.config.resources.num_cpus))
-        check_resources(count, cpus, gpus, f"resources.{key}")
+        check_resources(*self.config.resources.needed(step))
 
     def _progress(self, description: str, total: int | None, unit: str) -> Progress:
         return Progress(description, total, unit, log=self._log)
@@ -108,8 +108,7 @@ class StepWork:
         from relevance_ray.training.ray_train import ray_runner
 
         resources = self.config.resources
-        gpus = 1 if resources.train_on_gpu else 0
-        self._ray(resources.train_workers, resources.cpus_per_train_worker, gpus, "train_workers")
+        self._ray("train-student")
         return ray_runner(
             num_workers=resources.train_workers,
             cpus_per_worker=resources.cpus_per_train_worker,
@@ -138,7 +137,7 @@ class StepWork:
     def _generate(self, folder: str) -> dict[str, Any]:
         from relevance_ray.generate.pipeline import generate
 
-        self._ray()
+        self._ray("generate")
         with self._progress("generate", self.config.generate.num_pairs, "pairs") as progress:
             return generate(
                 self.config.generate,
@@ -162,8 +161,7 @@ class StepWork:
         factory = partial(open_engine, self.config.label, model, scale, smoothing)
         if model is None:
             factory()  # out of an actor, what the user must mend in a file of labels would be no `UserError` any more
-        actors, cpus, gpus = resources.label_actors, resources.cpus_per_label_actor, resources.gpus_per_label_actor
-        self._ray(actors, cpus, gpus, "label_actors")
+        self._ray("label")
         with self._progress("label", sum(shard.num_pairs for shard in shards), "pairs") as progress:
             summary = label(
                 shards,
@@ -190,7 +188,7 @@ class StepWork:
         def run(do: Do, parts: Sequence[Part]) -> Iterator[int]:
             if len(parts) < 2:
                 return in_turn(do, parts)
-            self._ray()
+            self._ray("compact")
             return in_ray_tasks(do, parts)
 
         with self._progress("compact", None, "pairs") as progress:

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from relevance_ray.config import Config
+from relevance_ray.engines.openai import check_endpoint
 from relevance_ray.errors import UserError
 from relevance_ray.lease import Lease
 from relevance_ray.models import check_layers, resolve_model
+from relevance_ray.ray_session import check_resources
 from relevance_ray.run_state import begin_run, begin_step
 from relevance_ray.step_folders import StepFolders
 from relevance_ray.step_work import Say, StepWork
@@ -108,7 +110,8 @@ class Chain:
 
     def preflight(self, until: str | None = None) -> None:
         """Refuse what can be known to fail before hours are spent: a model that does not resolve or has too few layers, a
-        file that is not there, a root that cannot be reached or lies among the data that a fingerprint is of."""
+        file that is not there, a root that cannot be reached or lies among the data that a fingerprint is of, resources that
+        this machine does not have, an endpoint without its key."""
         config, steps = self.config, self.at.until(until)
         data = Path(config.data.path).resolve()
         if config.data.path and not is_remote(self.at.root) and Path(self.at.root).resolve().is_relative_to(data):
@@ -128,6 +131,12 @@ class Chain:
         if config.label.engine == "vllm" and self.at.trains_teacher and all(m.kind != "classifier" for m in members):
             raise UserError("label.engine=vllm runs classifiers, and teacher has none; set label.engine=transformers")
         check_reachable(self.at.root)
+        pending = {step for step, state, _ in self.at.plan(until) if state != "done"}
+        for step in steps:
+            if step in pending:
+                check_resources(*config.resources.needed(step), num_cpus=config.resources.num_cpus)
+        if "label" in pending and config.label.engine == "openai":
+            check_endpoint(config.label.openai)
         for model, num_layers in self._models(steps):
             check_layers(model, resolve_model(model), num_layers)
 

@@ -100,6 +100,8 @@ def test_a_finished_chain_is_skipped_and_growth_does_only_what_is_new(tmp_path: 
     assert (plan.gpu_hours, plan.cost) == (0.0, 0.0)
     after = plan_labeling(build_config(values(tmp_path, encoder, num_pairs=1000)), pairs_per_second=50.0)
     assert after.sample == "what is generated"
+    assert after.pairs_labeled == 800
+    assert after.hours == pytest.approx(200 / 50 / 3600)
     assert after.tokens_per_pair == pytest.approx(took["tokens"] / 800, rel=0.02)
 
     said.clear()

@@ -102,6 +102,7 @@ def test_a_resumed_run_labels_only_what_is_missing_and_growth_only_what_is_new(t
         "errors": 0,
         "reused": 0,
         "tokens": 0,
+        "labeled_now": {"pairs": 90, "tokens": 0},
         "set_aside": {},
     }
     before = {name: record["checksum"] for name, record in CommitLog(out).committed().items()}
@@ -116,6 +117,7 @@ def test_a_resumed_run_labels_only_what_is_missing_and_growth_only_what_is_new(t
         "errors": 0,
         "reused": 0,
         "tokens": 0,
+        "labeled_now": {"pairs": 45, "tokens": 0},
         "set_aside": {},
     }
     assert sorted(calls.read_text().split("\n")) == sorted(
@@ -235,5 +237,12 @@ def test_a_nightly_run_asks_only_for_what_is_new(ray_sees_this_module: None, tmp
     # Nothing new at all, in other shards: the engine is not even opened.
     calls.unlink()
     third = commit_groups(tmp_path / "wednesday", [pa.concat_tables(tables)])
-    assert label(third, str(out), "key", partial(NotingEngine, calls))["reused"] == summary["pairs"]
+    again = label(third, str(out), "key", partial(NotingEngine, calls))
+    assert again["reused"] == summary["pairs"]
+    assert again["labeled_now"] == {"pairs": 0, "tokens": 0}
     assert not calls.exists()
+
+    # What was gone for two nights and is back is known, but for what read otherwise when it was labeled last.
+    fourth = commit_groups(tmp_path / "thursday", [make_groups(0, 40)])
+    label(fourth, str(out), "key", partial(NotingEngine, calls))
+    assert set(calls.read_text().splitlines()) == {"query 29/p1", *(f"query 34/p{n}" for n in range(3))}

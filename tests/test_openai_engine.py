@@ -77,12 +77,19 @@ def test_an_endpoint_that_is_gone_ends_the_call_and_a_hung_one_too() -> None:
     with ChatEndpoint() as endpoint:
         pass
     engine = open_engine(options(endpoint, max_retries=0, concurrency=2), None, ESCI)
-    with pytest.raises(Exception, match="Connection error"):
+    with pytest.raises(UserError, match="answers no more, after 1 tries of each request .Connection error"):
         engine.label(pairs(*["red tent"] * 50))
+    alone = engine.label(pairs("red tent"))
+    assert alone.errors[0] is not None, "a single row that is lost says nothing of the endpoint"
     with ChatEndpoint(delay=1.0) as slow:
         engine = open_engine(options(slow, max_retries=0, timeout_seconds=0.2), None, ESCI)
-        with pytest.raises(Exception, match="timed out"):
-            engine.label(pairs("red tent"))
+        with pytest.raises(UserError, match="timed out"):
+            engine.label(pairs(*["red tent"] * 10))
+
+
+def test_a_model_that_never_grades_is_not_paid_for_all_rows() -> None:
+    with ChatEndpoint() as endpoint, pytest.raises(UserError, match="never answers with a grade"):
+        open_engine(options(endpoint), None, ESCI).label(pairs(*["unsure"] * 10))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ and log query.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -40,7 +41,8 @@ def prepare(options: DataOptions, out_dir: Path, progress: ProgressLine | None =
     queries, without dev and test queries and their near-duplicates), `scale.json`.
 
     Returns:
-        Counts: products, judgments, queries by split, log queries, and what was dropped and why.
+        Counts: products, judgments, queries by split, log queries, and what was dropped and why; and `judged_content`, a
+        hash of the judged groups and their scale.
 
     Raises:
         UserError: a missing file or column, an unknown grade, an empty catalog or query, a judged product that is not in
@@ -64,6 +66,7 @@ def prepare(options: DataOptions, out_dir: Path, progress: ProgressLine | None =
         pq.write_table(groups, staging / "judged_groups.parquet", row_group_size=512)
         log = _write_log(source, judgments, staging / "queries.parquet")
         (staging / "scale.json").write_text(json.dumps(source.scale.to_dict(), indent=2) + "\n", encoding="utf-8")
+        judged_content = _content(staging / "judged_groups.parquet", staging / "scale.json")
         shutil.rmtree(out_dir / "products", ignore_errors=True)
         for item in sorted(staging.iterdir()):
             os.replace(item, out_dir / item.name)
@@ -72,11 +75,20 @@ def prepare(options: DataOptions, out_dir: Path, progress: ProgressLine | None =
     return {
         "products": num_products,
         "judgments": judgments.num_rows,
+        "judged_content": judged_content,
         "queries_by_split": {name: int(pc.sum(pc.equal(groups["split"], name)).as_py()) for name in SPLITS},
         "repeated_judgments_dropped": repeated,
         "leaking_judgments_dropped": leaking,
         **log,
     }
+
+
+def _content(*files: Path) -> str:
+    """What the files hold, wherever they are put: an ETag of S3 may differ from one upload to the next."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        digest.update(hashlib.blake2b(file.read_bytes(), digest_size=16).digest())
+    return digest.hexdigest()
 
 
 def read_judged(folder: str | Path, split: str | None = None) -> pa.Table:

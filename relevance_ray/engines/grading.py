@@ -27,6 +27,13 @@ Product: {product}
 Grade:"""
 
 
+_MAX_GRADES = 20
+"""As many alternatives of a token as endpoints give."""
+
+_ALL_WRONG = 8
+"""Where at least so many answers of a call hold no grade and none does, it is not the rows."""
+
+
 class GradingEngine:
     """Labels pairs with the log probabilities of the scale's letters.
 
@@ -37,7 +44,7 @@ class GradingEngine:
         guidelines: the shop's own rules for judging.
 
     Raises:
-        UserError: a scale with more grades than letters.
+        UserError: a scale with more grades than an endpoint gives log probabilities of.
     """
 
     def __init__(
@@ -73,7 +80,11 @@ class GradingEngine:
         return np.asarray(lengths, dtype=np.int64) // 4 + 1
 
     def label(self, pairs: Sequence[Pair]) -> Labels:
-        """Labels of n pairs: a grade whose letter the engine gives no probability of makes its row an error."""
+        """Labels of n pairs: a grade whose letter the engine gives no probability of makes its row an error.
+
+        Raises:
+            UserError: no answer at all holds the probabilities of the grades; each would be paid for nothing.
+        """
         errors = [row_error(pair.query, pair.product) for pair in pairs]
         for row, pair in enumerate(pairs):
             if errors[row] is None and not self._template.render_product(pair.product):
@@ -82,12 +93,19 @@ class GradingEngine:
         class_logits = np.full((len(pairs), len(self.gains)), np.nan, dtype=np.float32)
         conversations = [self.conversation(pairs[row].query, pairs[row].product) for row in fit]
         answers = self._generator.generate(conversations, Sampling(max_tokens=1, choices=self._letters))
+        without: list[str] = []
         for row, answer in zip(fit, answers, strict=True):
             self.num_tokens += answer.prompt_tokens + answer.completion_tokens
             if answer.error is not None:
                 errors[row] = answer.error
             elif answer.choice_logits is None or not np.isfinite(answer.choice_logits).all():
                 errors[row] = f"the model gave no probability of some grade (it wrote {answer.text[:40]!r})"
+                without.append(answer.text[:40])
             else:
                 class_logits[row] = answer.choice_logits
+        if len(without) >= _ALL_WRONG and not np.isfinite(class_logits).any():
+            raise UserError(
+                f"the grading model never answers with a grade (it wrote {without[-1]!r}); switch its thinking off, or take "
+                "one whose endpoint gives log probabilities"
+            )
         return Labels(class_logits, errors, [None] * len(pairs))

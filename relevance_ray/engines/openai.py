@@ -2,7 +2,7 @@
 
 Whatever serves it (OpenAI, vLLM, any other), the client is OpenAI's own: it retries with growing pauses what was refused
 for load or lost on the way, and heeds Retry-After. What still fails is an error of its row, so that no paid answer is
-lost with it; an endpoint that is gone ends the call.
+lost with it; an endpoint that is gone ends the job, to be resumed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import asyncio
 import os
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,19 @@ _ALL_REFUSED = 8
 """Where at least so many requests of a call are refused as wrong and none is answered, it is not the rows."""
 
 
+def check_endpoint(options: OpenAIOptions) -> None:
+    """Raise `UserError` where the client is not installed, or there is no key for OpenAI; nothing is sent."""
+    if find_spec("openai") is None:
+        raise UserError(
+            "engine openai needs the client of that name; pip install 'relevance-ray[openai]', on every node"
+        )
+    if not os.environ.get(options.api_key_env) and not options.base_url:
+        raise UserError(
+            f"the environment variable {options.api_key_env} holds no key for OpenAI; set it on every node, or "
+            "label.openai.base_url for an endpoint of your own"
+        )
+
+
 class OpenAIGenerator:
     """Answers of a model at an endpoint.
 
@@ -40,28 +54,20 @@ class OpenAIGenerator:
     """
 
     def __init__(self, options: OpenAIOptions) -> None:
-        try:
-            import openai
-        except ImportError as error:
-            raise UserError(
-                "engine openai needs the client of that name; pip install 'relevance-ray[openai]', on every node"
-            ) from error
+        check_endpoint(options)
+        import openai
+
         self._openai = openai
         self.options = options
-        key = os.environ.get(options.api_key_env, "")
-        if not key and not options.base_url:
-            raise UserError(
-                f"the environment variable {options.api_key_env} holds no key for OpenAI; set it on every node, or "
-                "label.openai.base_url for an endpoint of your own"
-            )
-        self._key = key or "none"  # the client wants one; an endpoint of one's own need not
+        # The client wants a key; an endpoint of one's own need not.
+        self._key = os.environ.get(options.api_key_env) or "none"
 
     def generate(self, conversations: Sequence[Sequence[Message]], sampling: Sampling) -> list[Generated]:
         """One answer a conversation, in their order.
 
         Raises:
-            UserError: the endpoint refuses the key or the model, or every request as wrong.
-            openai.APIError: the endpoint is gone, or overloaded for longer than the retries last.
+            UserError: the endpoint refuses the key or the model, or every request as wrong; or it is gone, or overloaded
+                for longer than the retries last.
         """
         return asyncio.run(self._generate(conversations, sampling)) if conversations else []
 
@@ -82,11 +88,19 @@ class OpenAIGenerator:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
                 raise
-        if call.last_loss is not None and call.lost == len(conversations):
-            raise call.last_loss
+        if call.last_loss is not None and call.lost == len(conversations) >= _ALL_REFUSED:
+            raise self.gone(call.last_loss) from call.last_loss
         if call.refused == len(conversations) >= _ALL_REFUSED:
             raise UserError(f"the endpoint refuses every request: {answers[-1].error}; mend label.openai")
         return answers
+
+    def gone(self, error: Exception) -> UserError:
+        """What to tell of an endpoint that answers nothing any more."""
+        where = self.options.base_url or "OpenAI's endpoint"
+        return UserError(
+            f"{where} answers no more, after {self.options.max_retries + 1} tries of each request ({_said(error)}); mend "
+            "label.openai or the endpoint, and the same command goes on"
+        )
 
     def request(self, messages: Sequence[Message], sampling: Sampling) -> dict[str, Any]:
         """What a request says."""
@@ -141,8 +155,8 @@ class _Call:
             except openai.APIError as error:
                 self.lost, self.last_loss = self.lost + 1, error
                 self._lost_in_row += 1
-                if self._lost_in_row >= _GONE_AFTER * options.concurrency:
-                    raise
+                if self._lost_in_row >= max(_ALL_REFUSED, _GONE_AFTER * options.concurrency):
+                    raise self._generator.gone(error) from error
                 return Generated(error=f"no answer after {options.max_retries + 1} tries: {_said(error)}")
         self._lost_in_row = 0
         return self._read(found)
@@ -163,7 +177,7 @@ class _Call:
             out.prompt_tokens, out.completion_tokens = found.usage.prompt_tokens, found.usage.completion_tokens
         if self._sampling.choices:
             content = first.logprobs.content if first.logprobs is not None else None
-            if not content:
+            if not content or not content[0].top_logprobs:
                 out.error = "the endpoint gave no log probabilities"
                 return out
             top = {entry.token: entry.logprob for entry in content[0].top_logprobs}

@@ -17,7 +17,10 @@ class OpenAIOptions:
 
     model: str = option("", "the model's name at the endpoint")
     base_url: str = option(
-        "", "address of the endpoint, such as http://host:8000/v1; empty: OpenAI's own", operational=True
+        "",
+        "address of the endpoint, such as http://host:8000/v1; empty: OpenAI's own. Another address must serve the same "
+        "model",
+        operational=True,
     )
     api_key_env: str = option("OPENAI_API_KEY", "environment variable that holds the key", operational=True)
     concurrency: int = option(32, "requests of one actor under way at once", operational=True)
@@ -113,6 +116,8 @@ class EngineOptions:
             raise ValueError("compile is only read with engine `transformers`; remove it")
         if self.model and not self.runs_teacher:
             raise ValueError(f"model {self.model} is not read with engine `{self.engine}`; remove it")
+        if self.engine != "openai" and self.openai != OpenAIOptions():
+            raise ValueError("`openai` is only read with engine `openai`; remove the section or set the engine")
         if (self.engine == "openai") != bool(self.openai.model):
             raise ValueError("`openai.model`, the name of a model, goes with engine `openai`: give both or neither")
 

@@ -68,13 +68,17 @@ def choose(
         if name == "random":
             continue
         if name == "category":
-            found = _same_category_other_brand(catalog, anchor, seed) if anchor is not None else np.empty(0, np.int64)
+            found = (
+                _same_category_other_brand(catalog, anchor, hash_seed(seed, name))
+                if anchor is not None
+                else np.empty(0, np.int64)
+            )
             supply[name] = ((int(row), 0) for row in found)
         elif name.endswith("_middle"):
-            supply[name] = _middle(catalog, rankings[name.removesuffix("_middle")], middle_ranks, seed)
+            supply[name] = _middle(catalog, rankings[name.removesuffix("_middle")], middle_ranks, hash_seed(seed, name))
         else:
             supply[name] = ((int(row), rank) for rank, row in enumerate(rankings[name], start=1))
-    supply["random"] = _random(catalog, seed)
+    supply["random"] = _random(catalog, hash_seed(seed, "random"))
     chosen: dict[int, list[Origin]] = {}
     texts: set[int] = set()
 

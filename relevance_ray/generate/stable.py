@@ -1,8 +1,8 @@
 """Random choices that a growing catalog hardly changes.
 
 A choice by row number would change with every product that comes or goes, and with it the pairs of every query: a nightly
-run would label everything anew. Here a product is chosen by a hash of what it is and who asks, so a catalog with one
-product more gives the same choices, except where the new product is one of them.
+run would label everything anew. Here a product is chosen by a hash of what it is and who asks, so a product more changes
+the choices that it comes into, and few others.
 """
 
 from __future__ import annotations

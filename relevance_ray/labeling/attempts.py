@@ -6,6 +6,7 @@ those of one run: a driver that was killed says nothing against the shards it ha
 
 from __future__ import annotations
 
+import contextlib
 import json
 import uuid
 
@@ -46,7 +47,11 @@ class Attempts:
 
     def set_aside(self, shard: str) -> None:
         """Give a shard up, for the last reason known, until it is labeled on request."""
-        reasons = [read_json(self._mark(shard, number))["error"] for number in range(1, MAX_ATTEMPTS + 1)]
+        reasons = []
+        for number in range(1, MAX_ATTEMPTS + 1):
+            # One that was taken for dead may have ended the shard meanwhile, and removed the marks.
+            with contextlib.suppress(FileNotFoundError):
+                reasons.append(read_json(self._mark(shard, number))["error"])
         reason = next((reason for reason in reversed(reasons) if reason), "the engine's process died each time")
         write_json(_failed(self._folder, shard), {"error": reason, "run": self._run})
         self.end(shard, MAX_ATTEMPTS)

@@ -1,25 +1,27 @@
 """Labels that the same teacher gave before: what a nightly run need not ask again.
 
-A catalog or a log that grew makes new shards, most of whose pairs an earlier shard holds. So that no pair is labeled
-twice, an index says where each query was labeled last, and a pair's label is taken over where query and product read just
-the same. The index is 12 bytes a query, on disk, in buckets that are sorted one by one and mapped into memory: no list of
-pairs is held anywhere, however many there are.
+A catalog or a log that grew makes new shards, most of whose pairs earlier shards hold. So that no pair is labeled twice,
+an index says which shard labeled each pair last, and the label is taken over where query and product read just the same.
+The index is 12 bytes a pair, on disk, in buckets that are sorted one by one and mapped into memory, so nothing is held of
+it, however many pairs there are. The next night adds its shards to it.
 """
 
 from __future__ import annotations
 
-import hashlib
+import io
 import json
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from relevance_ray.labeling.shard import Known, known_rows, pairs_of, rows_of
+from relevance_ray.labeling.shard import Known, known_rows, pairs_of
 from relevance_ray.storage import (
     CommitLog,
     exists,
@@ -30,17 +32,19 @@ from relevance_ray.storage import (
     localize,
     makedirs,
     publish_folder,
+    read_bytes,
+    read_json,
     read_table,
     remove_tree,
     write_json,
 )
 
-_BUCKETS = 64
-_PLACES = 2
-"""Places kept of a query, newest first: a pairs file's query may make two groups, in shards that differ."""
-
+_BUCKETS = 256
 _SHARDS_HELD = 4
-_ENTRY = np.dtype([("query", "<u8"), ("shard", "<u4")])
+_READ_AT_ONCE = 8
+_FLUSH_ENTRIES = 2_000_000
+_ENTRY = np.dtype([("pair", "<u8"), ("shard", "<u4")])
+_LIST = "shards.json"
 
 
 def build_index(folder: str, wanted: Collection[str], on_shard: Callable[[int, int], None] | None = None) -> str:
@@ -55,35 +59,91 @@ def build_index(folder: str, wanted: Collection[str], on_shard: Callable[[int, i
         The folder of the index, made where it is not there yet; "" where there is no earlier shard.
     """
     records = CommitLog(folder).committed()
-    names = sorted(
-        (name for name in records if name not in wanted),
-        key=lambda name: records[name].get("committed", 0),
-        reverse=True,
-    )
-    root = join(folder, "earlier")
-    if not names:
+    earlier = [name for name in records if name not in wanted]
+    if not earlier:
         return ""
-    files = [records[name]["file"] for name in names]  # a retry gives a shard another file
+    files = [records[name]["file"] for name in sorted(earlier, key=lambda name: records[name].get("committed", 0))]
+    root = join(folder, "earlier")
     place = join(root, fingerprint(files))
-    if exists(join(place, "shards.json")):
+    if exists(join(place, _LIST)):
         return place
-    for stale in listdir(root):
-        remove_tree(join(root, stale))
     makedirs(root)
+    before = [name for name in listdir(root) if exists(join(root, name, _LIST))]
     # Staged on the file system it is published to, where publishing is one rename.
     parent = None if is_remote(root) else root.removeprefix("file://")
     with tempfile.TemporaryDirectory(prefix=".making-", dir=parent, ignore_cleanup_errors=True) as staging:
         made = Path(staging) / "index"
         made.mkdir()
-        for number, file in enumerate(files):
-            _append(made, number, read_table(join(folder, "data", file), columns=["query_id"]))
-            if on_shard is not None:
-                on_shard(number + 1, len(files))
-        for bucket in range(_BUCKETS):
-            _sort(made, bucket)
+        numbered = _extend(made, folder, join(root, before[0]) if before else "", files, on_shard)
         publish_folder(made, place)
-        write_json(join(place, "shards.json"), files)  # last: on S3 a folder does not appear whole
+        write_json(join(place, _LIST), numbered)  # last: on S3 a folder does not appear whole
+    for stale in listdir(root):
+        if stale != place.rsplit("/", 1)[-1]:
+            remove_tree(join(root, stale))
     return place
+
+
+def _extend(
+    made: Path, folder: str, before: str, files: Sequence[str], on_shard: Callable[[int, int], None] | None
+) -> list[str]:
+    """Write the buckets of an index over `files`, starting from an older one; the files by their number in it."""
+    numbered: list[str] = read_json(join(before, _LIST)) if before else []
+    known = set(numbered)
+    new = [file for file in files if file not in known]
+    writer = _Buckets(made)
+    with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
+        for start in range(0, len(new), 8 * _READ_AT_ONCE):
+            part = new[start : start + 8 * _READ_AT_ONCE]
+            found = pool.map(_pair_ids, [join(folder, "data", file) for file in part])
+            for file, pairs in zip(part, found, strict=True):
+                writer.add(pairs, len(numbered))
+                numbered.append(file)
+            if on_shard is not None:
+                on_shard(start + len(part), len(new))
+    writer.flush()
+    # A file that a retry replaced, or that this run asks for, is no earlier one any more.
+    valid = np.isin(np.asarray(numbered), np.asarray(list(files)))
+    older = localize(before) if before else None
+    for bucket in range(_BUCKETS):
+        entries = np.fromfile(_raw(made, bucket), dtype=_ENTRY)
+        if older is not None:
+            entries = np.concatenate([np.load(_bucket(older, bucket)), entries])
+        entries = entries[valid[entries["shard"]]]
+        entries = entries[np.lexsort((entries["shard"], entries["pair"]))]
+        newest = np.ones(len(entries), dtype=bool)
+        newest[:-1] = entries["pair"][1:] != entries["pair"][:-1]
+        np.save(_bucket(made, bucket), entries[newest])
+        _raw(made, bucket).unlink()
+    return numbered
+
+
+class _Buckets:
+    """Entries on their way into the files of their buckets, a few million at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._waiting, self._count = folder, list[np.ndarray](), 0
+        for bucket in range(_BUCKETS):
+            _raw(folder, bucket).touch()
+
+    def add(self, pairs: np.ndarray, shard: int) -> None:
+        entries = np.empty(len(pairs), dtype=_ENTRY)
+        entries["pair"], entries["shard"] = pairs, shard
+        self._waiting.append(entries)
+        self._count += len(entries)
+        if self._count >= _FLUSH_ENTRIES:
+            self.flush()
+
+    def flush(self) -> None:
+        if not self._waiting:
+            return
+        entries = np.concatenate(self._waiting)
+        entries = entries[np.argsort(entries["pair"] % _BUCKETS, kind="stable")]
+        bounds = np.searchsorted(entries["pair"] % _BUCKETS, np.arange(_BUCKETS + 1))
+        for bucket in range(_BUCKETS):
+            if bounds[bucket] < bounds[bucket + 1]:
+                with open(_raw(self._folder, bucket), "ab") as file:
+                    file.write(entries[bounds[bucket] : bounds[bucket + 1]].tobytes())
+        self._waiting, self._count = [], 0
 
 
 class EarlierLabels:
@@ -96,7 +156,7 @@ class EarlierLabels:
 
     def __init__(self, folder: str, index: str) -> None:
         local = localize(index)
-        self._files: list[str] = json.loads((local / "shards.json").read_text(encoding="utf-8"))
+        self._files: list[str] = json.loads((local / _LIST).read_text(encoding="utf-8"))
         self._buckets = [np.load(_bucket(local, bucket), mmap_mode="r") for bucket in range(_BUCKETS)]
         self._read = lru_cache(_SHARDS_HELD)(
             lambda number: _Shard(read_table(join(folder, "data", self._files[number])))
@@ -104,23 +164,16 @@ class EarlierLabels:
 
     def known(self, groups: pa.Table) -> Known:
         """The labels of those pairs of a GROUP table that an earlier shard holds, failed ones left out."""
-        flat = groups.column("products").combine_chunks()
-        starts = np.asarray(flat.offsets) - flat.offsets[0].as_py()
-        wanted: dict[int, list[int]] = {}
-        for group, key in enumerate(_keys(groups["query_id"].to_pylist())):
-            for shard in self._places(key):
-                wanted.setdefault(shard, []).append(group)
-        rows_by_group = rows_of(groups) if wanted else []
+        pairs = pairs_of(groups)
+        keys = np.asarray([pair.pair_id for pair in pairs], dtype=np.int64).view(np.uint64)
         found: dict[int, tuple[_Shard, int]] = {}
-        for shard in sorted(wanted):  # newest first
-            earlier = self._read(shard)
-            for group in wanted[shard]:
-                row = rows_by_group[group]
-                for number, product in enumerate(row["products"], start=int(starts[group])):
-                    place = earlier.place(product["pair_id"], row["query"], product["fields"])
-                    if place is not None:
-                        found.setdefault(number, (earlier, place))
-        places = [found[number] for number in sorted(found)]
+        for number, rows in self._places(keys):
+            earlier = self._read(number)
+            for row in rows:
+                pair = pairs[row]
+                if (place := earlier.place(pair.pair_id, pair.query, pair.product)) is not None:
+                    found[row] = (earlier, place)
+        places = [found[row] for row in sorted(found)]
         class_logits = [earlier.labels.class_logits[place] for earlier, place in places]
         return Known(
             np.asarray(sorted(found), dtype=np.int64),
@@ -129,11 +182,18 @@ class EarlierLabels:
             [earlier.labels.rationales[place] for earlier, place in places],
         )
 
-    def _places(self, key: int) -> list[int]:
-        bucket = self._buckets[key % _BUCKETS]
-        first = int(np.searchsorted(bucket["query"], np.uint64(key)))
-        entries = bucket[first : first + _PLACES]
-        return [int(entry["shard"]) for entry in entries if int(entry["query"]) == key]
+    def _places(self, keys: np.ndarray) -> Iterator[tuple[int, list[int]]]:
+        """Number of an earlier shard, and the rows that it labeled last."""
+        shard_of = np.full(len(keys), -1, dtype=np.int64)
+        bucket_of = keys % np.uint64(_BUCKETS)
+        for bucket in np.unique(bucket_of):
+            entries, rows = self._buckets[int(bucket)], np.flatnonzero(bucket_of == bucket)
+            if len(entries):
+                at = np.minimum(np.searchsorted(entries["pair"], keys[rows]), len(entries) - 1)
+                hit = entries["pair"][at] == keys[rows]
+                shard_of[rows[hit]] = entries["shard"][at[hit]]
+        for number in np.unique(shard_of[shard_of >= 0]):
+            yield int(number), np.flatnonzero(shard_of == number).tolist()
 
 
 class _Shard:
@@ -145,7 +205,7 @@ class _Shard:
         self._pairs = [pairs[row] for row in self.labels.rows]
         self._place = {pair.pair_id: place for place, pair in enumerate(self._pairs)}
 
-    def place(self, pair_id: int, query: str, fields: dict[str, Any]) -> int | None:
+    def place(self, pair_id: int, query: str, fields: Mapping[str, Any]) -> int | None:
         """Where the pair stands among the labels; None where it is not there, or reads otherwise."""
         place = self._place.get(pair_id)
         if place is None or (self._pairs[place].query, self._pairs[place].product) != (query, fields):
@@ -153,33 +213,16 @@ class _Shard:
         return place
 
 
-def _keys(query_ids: Sequence[str]) -> list[int]:
-    digests = b"".join(
-        hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest() for name in query_ids
-    )
-    return np.frombuffer(digests, dtype="<u8").tolist()
+def _pair_ids(path: str) -> np.ndarray:
+    """uint64, the pairs of a file of labels."""
+    file = pq.ParquetFile(io.BytesIO(read_bytes(path)))
+    products = file.read(columns=["products.list.element.pair_id"]).column("products").combine_chunks()
+    return products.flatten().field("pair_id").to_numpy().view(np.uint64)
 
 
 def _bucket(folder: Path, bucket: int) -> Path:
-    return folder / f"bucket-{bucket:02d}.npy"
+    return folder / f"bucket-{bucket:03d}.npy"
 
 
-def _append(folder: Path, shard: int, table: pa.Table) -> None:
-    keys = np.asarray(sorted(set(_keys(table["query_id"].to_pylist()))), dtype=np.uint64)
-    entries = np.zeros(len(keys), dtype=_ENTRY)
-    entries["query"], entries["shard"] = keys, shard
-    for bucket in range(_BUCKETS):
-        mine = entries[keys % np.uint64(_BUCKETS) == bucket]
-        with open(_bucket(folder, bucket).with_suffix(".raw"), "ab") as file:
-            file.write(mine.tobytes())
-
-
-def _sort(folder: Path, bucket: int) -> None:
-    """From entries as they came to those kept, by query and then newest first."""
-    raw = _bucket(folder, bucket).with_suffix(".raw")
-    entries = np.fromfile(raw, dtype=_ENTRY)
-    entries = entries[np.lexsort((entries["shard"], entries["query"]))]
-    too_old = np.zeros(len(entries), dtype=bool)
-    too_old[_PLACES:] = entries["query"][_PLACES:] == entries["query"][:-_PLACES]
-    np.save(_bucket(folder, bucket), entries[~too_old])
-    raw.unlink()
+def _raw(folder: Path, bucket: int) -> Path:
+    return folder / f"bucket-{bucket:03d}.raw"

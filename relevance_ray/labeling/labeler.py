@@ -20,7 +20,7 @@ from relevance_ray.storage import CommitLog, read_table
 
 EngineFactory = Callable[[], Engine]
 
-_COUNTS = ("pairs", "errors", "reused", "tokens")
+_COUNTS = ("pairs", "errors", "asked", "reused", "tokens")
 """What the record of a labeled shard counts."""
 
 
@@ -49,6 +49,10 @@ class ShardLabeler:
                     result |= {"labeled": True, **{key: record.get(key, 0) for key in _COUNTS}}
             except UserError as error:
                 result["user_error"] = str(error)
+            except OSError as error:  # a disk that takes no more, not even the mark of a try
+                result["user_error"] = (
+                    f"{error.filename or self._folder}: {error.strerror or error}; the same command goes on"
+                )
             result["memory"] = memory_used()
             results.append(result)
         return {key: [result[key] for result in results] for key in results[0]}
@@ -59,9 +63,7 @@ class ShardLabeler:
             return record  # committed by a try whose process died before it could say so
         while (attempt := self._attempts.begin(name)) is not None:
             try:
-                labeled, reused, tokens = self._label_once(path, previous)
-                num_pairs = len(labeled.column("products").combine_chunks().flatten())
-                counts = {"pairs": num_pairs, "errors": count_errors(labeled), "reused": reused, "tokens": tokens}
+                labeled, counts = self._label_once(path, previous)
                 self._commit(name, labeled, counts, previous)
             except StorageError as error:
                 self._attempts.fail(name, attempt, str(error))
@@ -74,11 +76,14 @@ class ShardLabeler:
                 continue
             self._attempts.end(name, attempt)
             return counts
+        if not previous and (record := self._log.record(name)) is not None:
+            return record  # another that was taken for dead committed it meanwhile
         self._attempts.set_aside(name)
         return None
 
-    def _label_once(self, path: str, previous: str) -> tuple[pa.Table, int, int]:
-        """The labels of a shard, how many of them are taken over from earlier ones, and the tokens that the others took."""
+    def _label_once(self, path: str, previous: str) -> tuple[pa.Table, dict[str, int]]:
+        """The labels of a shard, and its counts: pairs, failed ones, those the engine was asked for and the tokens of that,
+        those taken over from earlier shards."""
         if previous:
             groups = read_table(previous)
             known: Known | None = known_rows(groups)
@@ -88,7 +93,15 @@ class ShardLabeler:
         before = self._engine.num_tokens if self._engine is not None else 0
         labeled = label_groups(groups, self._opened, known)
         tokens = self._engine.num_tokens - before if self._engine is not None else 0
-        return labeled, 0 if previous or known is None else len(known.rows), tokens
+        num_pairs = len(labeled.column("products").combine_chunks().flatten())
+        num_known = 0 if known is None else len(known.rows)
+        return labeled, {
+            "pairs": num_pairs,
+            "errors": count_errors(labeled),
+            "asked": num_pairs - num_known,
+            "reused": 0 if previous else num_known,
+            "tokens": tokens,
+        }
 
     def _known(self, groups: pa.Table) -> Known | None:
         if not self._index:
@@ -103,6 +116,8 @@ class ShardLabeler:
     def _commit(self, name: str, labeled: pa.Table, counts: dict[str, int], previous: str) -> None:
         if previous:
             old_file = previous.rsplit("/", 1)[-1]
+            before = self._log.record(name) or {}
+            counts = counts | {key: counts[key] + before.get(key, 0) for key in ("asked", "reused", "tokens")}
             self._log.replace(name, labeled, self._fingerprint, counts, instead_of=old_file)
         else:
             self._log.commit(name, labeled, self._fingerprint, counts)

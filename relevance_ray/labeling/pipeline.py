@@ -77,9 +77,9 @@ def label(
         no_progress_seconds: end the job, resumable, after so long without a shard; 0 waits for ever.
 
     Returns:
-        Counts over all the shards: `pairs`, `errors`, how many `shards` there are and were `skipped`, how many pairs' labels
-        were `reused` from earlier shards now; the `tokens` that labeling took; and `set_aside`,
-        shard -> why, of those that failed `MAX_ATTEMPTS` times and have no labels.
+        Counts over all the shards: `pairs`, `errors`, the `tokens` that labeling took, how many `shards` there are and were
+        `skipped`; of this call alone, how many pairs' labels were `reused` from earlier shards, and pairs and tokens
+        `labeled_now`; and `set_aside`, shard -> why, of those that failed `MAX_ATTEMPTS` times and have no labels.
 
     Raises:
         UserError: no progress for too long, or an engine that the user must mend.
@@ -107,10 +107,11 @@ def label(
     if progress is not None:
         progress.restart(sum(record["pairs"] for record in done))
         progress.update(failures=sum(record["errors"] for record in done))
-    reused = 0
+    reused, now = 0, {"pairs": 0, "tokens": 0}
     if rows:
         run = uuid.uuid4().hex[:12]
-        index = "" if retry else _index_earlier(folder, shards, progress)
+        new = any(shard.label_name not in committed for shard in todo)
+        index = _index_earlier(folder, shards, progress) if new else ""
         actor = (folder, fingerprint, open_engine, run, index)
         patience = f"{no_progress_seconds / 60:g} minutes"
         message = (
@@ -127,6 +128,8 @@ def label(
                         failed_in_row.clear()
                         take_back(folder, row["label_name"])
                         reused += int(row["reused"])
+                        now["pairs"] += int(row["asked"])
+                        now["tokens"] += int(row["tokens"])
                         if progress is not None:
                             gauges.add(row)
                             progress.advance(int(row["pairs"]), failures=int(row["errors"]), **gauges.shown())
@@ -148,6 +151,7 @@ def label(
         "pairs": sum(record["pairs"] for record in records),
         "errors": sum(record["errors"] for record in records),
         "reused": reused,
+        "labeled_now": now,
         "tokens": sum(record.get("tokens", 0) for record in records),
         "set_aside": {name: why[name] for name in without if name in why},
     }
