@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tiny_engines import ESCI, PRODUCTS, QUERIES, as_pairs
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from relevance_ray.calibration import logit_of_classes
@@ -27,18 +28,8 @@ from relevance_ray.engines.registry import load_pair_model, open_engine
 from relevance_ray.errors import UserError
 from relevance_ray.model_folder import ModelInfo, ModelKind, finish_folder
 from relevance_ray.models import resolve_model
-from relevance_ray.schema import PRODUCT, SCALES
+from relevance_ray.schema import PRODUCT
 from relevance_ray.templates import Template
-
-ESCI = SCALES["esci"]
-QUERIES = ["red tent", "red tent", "cámping stove  2 burner", "usb-c cable", "x"]
-PRODUCTS: list[dict[str, Any]] = [
-    {"title": "Norrvik trail tent", "color": "red"},
-    {"title": "Tent pegs, " + "steel " * 60, "brand": "Norrvik"},
-    {"title": "Gas stove", "brand": "Flamma"},
-    {"title": "USB-C cable 2 m 日本語 — 100W"},
-    {"title": "y"},
-]
 
 
 def save_classifier(folder: Path, num_labels: int, template: Template, kind: ModelKind = "cross_encoder") -> Path:
@@ -70,11 +61,6 @@ def bm25_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def catalog() -> list[pa.Table]:
     rows = [{"product_id": str(index), **product} for index, product in enumerate(PRODUCTS)]
     return [pa.Table.from_pylist(part, schema=PRODUCT) for part in (rows[:2], rows[2:])]
-
-
-def as_pairs(queries: list[Any], products: list[Any]) -> list[Pair]:
-    rows = enumerate(zip(queries, products, strict=True))
-    return [Pair(index, query, str(index), product) for index, (query, product) in rows]
 
 
 # Encoding

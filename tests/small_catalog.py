@@ -1,0 +1,103 @@
+"""A catalog of 240 products, what prepare leaves of it, and its queries, for the tests of generation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from relevance_ray.data.splits import LeakGuard
+from relevance_ray.generate.catalog import Catalog, build_catalog
+from relevance_ray.generate.options import GenerateOptions
+from relevance_ray.generate.queries import (
+    PoolCounts,
+    log_queries,
+    mix,
+    title_queries,
+)
+from relevance_ray.generate.titles import TitleProduct
+from relevance_ray.schema import JUDGED_GROUP, PRODUCT, QUERY
+
+BRANDS = ["Acme", "Bolt", "Cord", "Dune", "Echo"]
+COLORS = ["red", "green", "blue", "black", "white", "pink"]
+TYPES = [
+    "running shoes",
+    "rain jacket",
+    "water bottle",
+    "desk lamp",
+    "yoga mat",
+    "phone case",
+    "garden hose",
+    "wool hat",
+]
+LEXICAL = {"bm25": 3.0, "bm25_middle": 1.0, "category": 2.0, "random": 2.0}
+
+
+def make_products(repeat: int = 1) -> list[dict]:
+    """240 products a repeat: every brand, color and type once; the last one has nothing but a title."""
+    out = []
+    for series in range(repeat):
+        for brand in BRANDS:
+            for color in COLORS:
+                for kind in TYPES:
+                    number = len(out)
+                    out.append(
+                        {
+                            "product_id": f"P{number}",
+                            "title": f"{brand} {color.title()} {kind.title()} with Model{series} - Pack of {number % 7 + 1}",
+                            "description": "d" * 700,
+                            "brand": brand,
+                            "color": color,
+                            "category": f"Home > {kind.split()[-1].title()}",
+                            "attributes": [("size", str(number))],
+                            "price": float(number),
+                            "locale": "us",
+                        }
+                    )
+    out[-1] = {"product_id": out[-1]["product_id"], "title": "Plain Unbranded Thing for Nothing"}
+    return out
+
+
+def product_table(products: list[dict]) -> pa.Table:
+    return pa.Table.from_pylist(products, schema=PRODUCT)
+
+
+def make_catalog(folder: Path, products: list[dict]) -> Catalog:
+    table = product_table(products)
+    build_catalog([table.slice(0, 100), table.slice(100)], folder)
+    return Catalog(folder)
+
+
+def make_prepared(folder: Path, products: list[dict], log: list[str], held_out: list[str]) -> Path:
+    """What the prepare step leaves, as far as generation reads it."""
+    (folder / "products").mkdir(parents=True)
+    table = product_table(products)
+    pq.write_table(table.slice(0, 150), folder / "products" / "products-00000.parquet")
+    pq.write_table(table.slice(150), folder / "products" / "products-00001.parquet")
+    queries = [{"query": query, "frequency": 10 - i % 10, "locale": "us"} for i, query in enumerate(log)]
+    pq.write_table(pa.Table.from_pylist(queries, schema=QUERY), folder / "queries.parquet")
+    judged = [
+        {"query_id": str(i), "query": query, "query_source": "human", "split": ("dev", "test")[i % 2], "products": []}
+        for i, query in enumerate(held_out)
+    ]
+    pq.write_table(pa.Table.from_pylist(judged, schema=JUDGED_GROUP), folder / "judged_groups.parquet")
+    return folder
+
+
+def no_guard() -> LeakGuard:
+    return LeakGuard([])
+
+
+def stream_of(products: list[dict], options: GenerateOptions, log: list[str], guard: LeakGuard, counts: PoolCounts):  # type: ignore[no-untyped-def]
+    texts = [
+        TitleProduct(p["product_id"], p["title"], p.get("brand"), p.get("color"), p.get("category")) for p in products
+    ]
+    table = pa.Table.from_pylist([{"query": q, "frequency": 1} for q in log], schema=QUERY)
+    titles = title_queries(texts, ["us"] * len(texts), options)
+    return mix([(1.0, log_queries(table, 0, 0.5)), (3.0, titles)], guard, counts)
+
+
+def write_pairs(path: Path, rows: list[str]) -> str:
+    path.write_text("\n".join(["query,product_id,rank", *rows]) + "\n")
+    return str(path)
