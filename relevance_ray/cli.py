@@ -119,12 +119,13 @@ def plan(
     """What labeling will take, before it is spent: pairs, tokens, hours, storage, cost."""
     import json
 
-    from relevance_ray.planning import describe, describe_last, plan_labeling
+    from relevance_ray.plan_text import describe, describe_last, last_run
+    from relevance_ray.planning import plan_labeling
 
     loaded = _load(config, set_)
     found = plan_labeling(loaded, pairs_per_second, gpu_hour_price)
     if as_json:
-        typer.echo(json.dumps(found.to_dict(), indent=1))
+        typer.echo(json.dumps(found.to_dict() | {"last_run": last_run(loaded.storage.root)}, indent=1))
         return
     for line in (*describe(found), *describe_last(loaded.storage.root)):
         typer.echo(line)
@@ -142,7 +143,8 @@ def retry_failed(root: Root) -> None:
     if os.path.isdir(directory):
         os.chdir(directory)
     outcome = Chain(config).retry_failed()
-    typer.echo(f"labeled: {outcome.summaries['label']['pairs']:,} pairs")
+    asked = outcome.summaries["label"]["labeled_now"]["pairs"]
+    typer.echo(f"labeled again: {asked:,} pairs" if asked else f"nothing to label again at {root}")
     _report_failures(outcome)
 
 

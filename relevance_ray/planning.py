@@ -23,6 +23,7 @@ import pyarrow as pa
 from relevance_ray.config import Config
 from relevance_ray.data.readers import open_source
 from relevance_ray.engines.base import Engine, Labels, Pair
+from relevance_ray.engines.generation import Generated, Message, Sampling
 from relevance_ray.errors import UserError
 from relevance_ray.labeling.pipeline import shards_to_label
 from relevance_ray.labeling.shard import label_groups, pairs_of
@@ -30,7 +31,7 @@ from relevance_ray.model_folder import read_model_info
 from relevance_ray.models import resolve_model
 from relevance_ray.schema import GROUP, PRODUCT, LabelScale, pair_id, product_fields, query_id
 from relevance_ray.step_folders import StepFolders
-from relevance_ray.storage import CommitLog, exists, join, localize, read_json, table_bytes
+from relevance_ray.storage import CommitLog, exists, join, localize, table_bytes
 from relevance_ray.templates import Template
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ class Plan:
     Attributes:
         pairs: asked for.
         pairs_labeled: of them, labeled already, in shards that are generated.
+        pairs_of_earlier_runs: labeled by the same teacher in other shards. Which of them will be taken over is not known
+            before their shards are generated, so they are not counted on.
         sampled_pairs: that the estimates come from.
         sample: where those come from.
         tokens_per_pair: mean over the sample, as the models of the teacher read them; for an endpoint, a guess of four
@@ -66,6 +69,7 @@ class Plan:
 
     pairs: int
     pairs_labeled: int
+    pairs_of_earlier_runs: int
     sampled_pairs: int
     sample: str
     tokens_per_pair: float
@@ -111,12 +115,13 @@ def plan_labeling(
     at = StepFolders(config)
     groups, sample, scale = _sample(config, at)
     num_sampled = len(groups.column("products").combine_chunks().flatten())
+    done, others = _pairs_labeled(at)
     rate, rate_source = pairs_per_second, "given"
-    if rate is None:
+    if rate is None and done < config.generate.num_pairs:
         rate, rate_source = _measure(config, at, scale, groups, seconds)
     tokens, error = _tokens(config, scale, groups)
     labeled = label_groups(groups, lambda: _AnyLogits(scale.gains))
-    pairs, done = config.generate.num_pairs, _pairs_labeled(at)
+    pairs = config.generate.num_pairs
     num_shards = pairs / config.generate.candidates_per_query / config.generate.groups_per_shard
     resources = config.resources
     hours = max(0, pairs - done) / (rate * resources.label_actors) / 3600 if rate else None
@@ -125,6 +130,7 @@ def plan_labeling(
     return Plan(
         pairs=pairs,
         pairs_labeled=done,
+        pairs_of_earlier_runs=others,
         sampled_pairs=num_sampled,
         sample=sample,
         tokens_per_pair=tokens,
@@ -139,44 +145,6 @@ def plan_labeling(
         generate_gigabytes=_gigabytes(groups, num_sampled, pairs, num_shards),
         label_gigabytes=_gigabytes(labeled, num_sampled, pairs, num_shards),
     )
-
-
-def describe(plan: Plan) -> Iterator[str]:
-    """The plan in lines for a reader."""
-    done = f", {plan.pairs_labeled:,} of them labeled already" if plan.pairs_labeled else ""
-    yield f"{'pairs':10} {plan.pairs:,}{done}"
-    if plan.tokens_per_pair:
-        give = 2 * plan.tokens_per_pair_error
-        yield f"{'tokens':10} {plan.tokens:,.0f}: {plan.tokens_per_pair:.1f} a pair, give or take {give:.1f}"
-    if plan.pairs_per_second is None or plan.hours is None:
-        yield f"{'time':10} not known; give --pairs-per-second of one engine"
-    else:
-        yield f"{'rate':10} {plan.pairs_per_second:,.1f} pairs/s an engine ({plan.rate_source}), {plan.engines} at once"
-        yield (f"{'time':10} {plan.hours:,.2f} hours; {plan.gpu_hours:,.1f} GPU hours, {plan.cpu_hours:,.1f} CPU hours")
-    if plan.cost is not None:
-        yield f"{'cost':10} {plan.cost:,.2f}"
-    yield f"{'storage':10} {_size(plan.generate_gigabytes)} of pairs, {_size(plan.label_gigabytes)} of labels"
-    yield f"{'sample':10} {plan.sampled_pairs:,} pairs of {plan.sample}"
-
-
-def _size(gigabytes: float) -> str:
-    return f"{gigabytes:,.1f} GB" if gigabytes >= 1 else f"{1000 * gigabytes:,.1f} MB"
-
-
-def describe_last(root: str) -> Iterator[str]:
-    """What labeling took at a root, to hold the plan against; nothing where it has not ended there."""
-    latest = join(root, "latest.json")
-    marker = join(read_json(latest).get("label", root), "step.json") if exists(latest) else latest
-    if not exists(marker):
-        return
-    took = read_json(marker)
-    now = took["summary"].get("labeled_now") or {}
-    if not now.get("pairs"):
-        return
-    tokens = f", {now['tokens'] / now['pairs']:.1f} tokens a pair" if now["tokens"] else ""
-    seconds = took["seconds"]
-    rate = f"{now['pairs'] / seconds:,.1f} pairs/s over {seconds:,.0f} s, the start of Ray and engines included"
-    yield f"{'last run':10} {now['pairs']:,} pairs{tokens}, {rate}"
 
 
 def _sample(config: Config, at: StepFolders) -> tuple[pa.Table, str, LabelScale]:
@@ -228,8 +196,10 @@ def _measure(
     where the engine is not one that runs here."""
     from relevance_ray.engines.registry import open_engine
 
-    if config.label.engine == "openai" or (config.label.engine == "vllm" and find_spec("vllm") is None):
-        return None, "not known"
+    if config.label.engine == "openai":
+        return None, "asking the endpoint would cost"
+    if config.label.engine == "vllm" and find_spec("vllm") is None:
+        return None, "vLLM is not installed here"
     with tempfile.TemporaryDirectory(prefix="plan-", ignore_cleanup_errors=True) as work:
         folder = _teacher(config, at, scale, groups, Path(work)) if config.label.runs_teacher else None
         options = replace(config.label, num_threads=config.label.num_threads or config.resources.cpus_per_label_actor)
@@ -258,9 +228,10 @@ def _rate(engine: Engine, pairs: Sequence[Pair], seconds: float, again: bool) ->
 
 def _teacher(config: Config, at: StepFolders, scale: LabelScale, groups: pa.Table, work: Path) -> str:
     """The teacher's folder where it is trained, else that of one that takes as long."""
-    trained = at.trains_teacher and exists(join(at.folder("prepare"), "step.json")) and at.is_done("train-teacher")
-    if (folder := at.teacher()) is not None and (trained or not at.trains_teacher):
-        return folder
+    if not at.trains_teacher:
+        return config.label.model
+    if exists(join(at.folder("prepare"), "step.json")) and at.is_done("train-teacher"):
+        return join(at.folder("train-teacher"), "model")
     from relevance_ray.training.teacher import build_untrained
 
     fields = [product["fields"] for group in groups["products"].to_pylist() for product in group]
@@ -287,10 +258,9 @@ def _token_counters(config: Config, scale: LabelScale) -> Iterator[Callable[[Seq
     """For each model that reads the pairs, the tokens of each pair."""
     if config.label.engine == "openai":
         from relevance_ray.engines.grading import GradingEngine
-        from relevance_ray.engines.openai import OpenAIGenerator
 
         endpoint = config.label.openai
-        prompts = GradingEngine(OpenAIGenerator(endpoint), scale, endpoint.fields, endpoint.guidelines)
+        prompts = GradingEngine(_NoAnswers(), scale, endpoint.fields, endpoint.guidelines)
         yield prompts.guess_tokens
         return
     if config.label.engine in ("oracle", "file"):
@@ -351,16 +321,23 @@ def _gigabytes(sample: pa.Table, num_sampled: int, pairs: int, num_shards: float
     return ((whole - fixed) / num_sampled * pairs + fixed * max(1.0, num_shards)) / 1e9
 
 
-def _pairs_labeled(at: StepFolders) -> int:
-    """Pairs that are generated already and have labels. What a changed catalog will take over is not known before it is
-    generated."""
+def _pairs_labeled(at: StepFolders) -> tuple[int, int]:
+    """Pairs in shards that are generated already and have labels, and labeled pairs in others."""
     if not exists(join(at.folder("prepare"), "step.json")):
-        return 0
+        return 0, 0
     generated = CommitLog(at.folder("generate"))
     records = CommitLog(at.folder("label")).committed()
-    shards = shards_to_label(generated, list(generated.committed()))
-    labeled = sum(records[shard.label_name]["pairs"] for shard in shards if shard.label_name in records)
-    return min(labeled, at.config.generate.num_pairs)
+    asked = {shard.label_name for shard in shards_to_label(generated, list(generated.committed()))}
+    labeled = sum(record["pairs"] for name, record in records.items() if name in asked)
+    others = sum(record["pairs"] for name, record in records.items() if name not in asked)
+    return min(labeled, at.config.generate.num_pairs), others
+
+
+class _NoAnswers:
+    """In the place of an endpoint that is not to be asked."""
+
+    def generate(self, conversations: Sequence[Sequence[Message]], sampling: Sampling) -> list[Generated]:
+        raise AssertionError("a plan asks nothing")
 
 
 class _AnyLogits:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from relevance_ray.config import Config
-from relevance_ray.engines.openai import check_endpoint
+from relevance_ray.engines.registry import check_engine
 from relevance_ray.errors import UserError
 from relevance_ray.lease import Lease
 from relevance_ray.models import check_layers, resolve_model
@@ -135,8 +135,8 @@ class Chain:
         for step in steps:
             if step in pending:
                 check_resources(*config.resources.needed(step), num_cpus=config.resources.num_cpus)
-        if "label" in pending and config.label.engine == "openai":
-            check_endpoint(config.label.openai)
+        if "label" in pending:
+            check_engine(config.label)
         for model, num_layers in self._models(steps):
             check_layers(model, resolve_model(model), num_layers)
 

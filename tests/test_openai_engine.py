@@ -77,7 +77,7 @@ def test_an_endpoint_that_is_gone_ends_the_call_and_a_hung_one_too() -> None:
     with ChatEndpoint() as endpoint:
         pass
     engine = open_engine(options(endpoint, max_retries=0, concurrency=2), None, ESCI)
-    with pytest.raises(UserError, match="answers no more, after 1 tries of each request .Connection error"):
+    with pytest.raises(UserError, match="gives no answer, each request tried 0 times again .Connection error"):
         engine.label(pairs(*["red tent"] * 50))
     alone = engine.label(pairs("red tent"))
     assert alone.errors[0] is not None, "a single row that is lost says nothing of the endpoint"
@@ -110,6 +110,9 @@ def test_no_key_and_no_endpoint_is_said_at_once(monkeypatch: pytest.MonkeyPatch)
         open_engine(EngineOptions(engine="openai", openai=OpenAIOptions(model="judge")), None, ESCI)
     with pytest.raises(ValueError, match="give both or neither"):
         EngineOptions(engine="openai")
+    for address in ("judge:8000/v1", "ftp://x/v1", "http://"):
+        with pytest.raises(ValueError, match="is no address such as"):
+            OpenAIOptions(model="judge", base_url=address)
 
 
 def test_no_more_requests_at_once_and_a_minute_than_allowed() -> None:

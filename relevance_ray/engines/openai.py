@@ -98,7 +98,7 @@ class OpenAIGenerator:
         """What to tell of an endpoint that answers nothing any more."""
         where = self.options.base_url or "OpenAI's endpoint"
         return UserError(
-            f"{where} answers no more, after {self.options.max_retries + 1} tries of each request ({_said(error)}); mend "
+            f"{where} gives no answer, each request tried {self.options.max_retries} times again ({_said(error)}); mend "
             "label.openai or the endpoint, and the same command goes on"
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from relevance_ray.options import STRICT, option
 from relevance_ray.templates import Template
@@ -37,6 +38,9 @@ class OpenAIOptions:
 
     def __post_init__(self) -> None:
         Template(fields=tuple(self.fields))  # refuses unknown ones
+        address = urlsplit(self.base_url)
+        if self.base_url and (address.scheme not in ("http", "https") or not address.hostname):
+            raise ValueError(f"base_url {self.base_url} is no address such as http://host:8000/v1")
         for name in ("concurrency", "timeout_seconds"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be more than 0")

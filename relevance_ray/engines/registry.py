@@ -5,6 +5,7 @@ Kinds and engines are imported here, when asked for, so that a file of labels ne
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from relevance_ray.engines.base import Engine, FolderModel, ModelEngine
@@ -81,6 +82,25 @@ def _num_sequence_models(folder: str | Path) -> int:
 
         return sum(_num_sequence_models(path) for path in member_folders(folder))
     return int(kind in ("classifier", "cross_encoder"))
+
+
+def check_engine(options: EngineOptions) -> None:
+    """Refuse what this machine can tell of an engine before anything is spent. On a cluster that `RAY_ADDRESS` names, its
+    libraries need be on the nodes that label alone.
+
+    Raises:
+        UserError: no client or key, no vLLM, or a `model` that is no model folder.
+    """
+    if options.engine == "openai":
+        from relevance_ray.engines.openai import check_endpoint
+
+        check_endpoint(options.openai)
+    if options.engine == "vllm" and not os.environ.get("RAY_ADDRESS"):
+        from relevance_ray.engines.vllm import import_vllm
+
+        import_vllm()
+    if options.model:
+        read_model_info(localize(options.model))
 
 
 def open_engine(
