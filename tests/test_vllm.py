@@ -336,7 +336,16 @@ def test_a_labeling_job_on_ray_gives_the_logits_of_transformers_and_leaves_no_pr
         return engine
 
     summary = label(shards, str(tmp_path / "label"), "t", opened)
-    assert summary == {"shards": 3, "skipped": 0, "pairs": 36, "errors": 0, "set_aside": {}}
+    assert summary == {
+        "shards": 3,
+        "skipped": 0,
+        "pairs": 36,
+        "errors": 0,
+        "reused": 0,
+        "tokens": 252,
+        "labeled_now": {"pairs": 36, "tokens": 252},
+        "set_aside": {},
+    }
     expected = label_with_transformers(shards, tmp_path / "expected", model)
     assert_same_logits(logits_of(tmp_path / "label"), expected)
     started = [int(pid) for pid in pids.read_text().split()]
