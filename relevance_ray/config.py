@@ -45,6 +45,12 @@ class ResourceOptions:
     __pydantic_config__ = STRICT
     num_cpus: int | None = option(None, "CPUs of the local Ray; unset: all of them", operational=True)
     generate_workers: int = option(2, "Ray tasks that generate shards at once", operational=True)
+    search_actors: int = option(
+        0,
+        "Actors, of one CPU each, that hold the catalog's shards between them for all generate workers; 0: each worker "
+        "maps the whole catalog",
+        operational=True,
+    )
     label_actors: int = option(1, "Engine actors that label shards", operational=True)
     cpus_per_label_actor: int = option(2, "CPUs of one engine actor", operational=True)
     gpus_per_label_actor: float = option(0, "GPUs of one engine actor", operational=True)
@@ -67,7 +73,7 @@ class ResourceOptions:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
-        for name in ("gpus_per_label_actor", "no_progress_minutes"):
+        for name in ("search_actors", "gpus_per_label_actor", "no_progress_minutes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative")
 
@@ -75,6 +81,8 @@ class ResourceOptions:
         """How many actors a step wants at once, CPUs and GPUs of each, and the key that says so."""
         if step == "label":
             return self.label_actors, self.cpus_per_label_actor, self.gpus_per_label_actor, "resources.label_actors"
+        if step == "generate" and self.search_actors:  # beside them at least one worker
+            return self.search_actors + 1, 1, 0, "resources.search_actors"
         if step in ("train-teacher", "train-student", "evaluate"):
             return self.train_workers, self.cpus_per_train_worker, int(self.train_on_gpu), "resources.train_workers"
         return 0, 0, 0, ""

@@ -13,11 +13,12 @@ from typing import Any
 
 from relevance_ray.config import Config
 from relevance_ray.errors import UserError
+from relevance_ray.generate.index import file_contents
 from relevance_ray.labeling.pipeline import Shard, shards_to_label
 from relevance_ray.options import semantic
 from relevance_ray.storage import CommitLog, content_id, exists, fingerprint, is_remote, join, listdir, read_json
 
-VERSIONS = {"prepare": 2, "train-teacher": 2, "generate": 3, "label": 1, "train-student": 1, "evaluate": 2}
+VERSIONS = {"prepare": 2, "train-teacher": 2, "generate": 4, "label": 1, "train-student": 1, "evaluate": 2}
 """Raised when a step's code comes to give other results from the same input."""
 
 STEPS = tuple(VERSIONS)
@@ -71,8 +72,7 @@ class StepFolders:
         if step == "train-teacher":
             return [self.judged_key(), semantic(config.teacher)]
         if step == "generate":
-            pairs_file = config.generate.pairs_file
-            return [self.key("prepare"), semantic(config.generate), content_id(pairs_file) if pairs_file else ""]
+            return [self.key("prepare"), semantic(config.generate), file_contents(config.generate)]
         if step == "label":
             if self.trains_teacher:
                 return [self.key("train-teacher"), semantic(config.label)]

@@ -144,6 +144,7 @@ class StepWork:
                 self.at.folder("prepare"),
                 folder,
                 num_workers=self.config.resources.generate_workers,
+                search_actors=self.config.resources.search_actors,
                 progress=progress,
             )
 

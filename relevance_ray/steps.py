@@ -120,7 +120,7 @@ class Chain:
                 "its own data; choose a folder elsewhere"
             )
         files = {
-            "generate.pairs_file": config.generate.pairs_file,
+            **{f"generate.{key}": path for key, path in config.generate.files.items()},
             "label.path": config.label.path,
             "label.model": config.label.model,
         }

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from relevance_ray.data.splits import LeakGuard
-from relevance_ray.generate.catalog import Catalog, build_catalog
+from relevance_ray.generate.catalog import Catalog, ProductFile, build_catalog, products_file, search_text
+from relevance_ray.generate.dense import part_name
+from relevance_ray.generate.lexical import Lexicon, build_lexicon, index_words
 from relevance_ray.generate.options import GenerateOptions
 from relevance_ray.generate.queries import (
     PoolCounts,
@@ -16,6 +19,7 @@ from relevance_ray.generate.queries import (
     mix,
     title_queries,
 )
+from relevance_ray.generate.search import ShardSearch
 from relevance_ray.generate.titles import TitleProduct
 from relevance_ray.schema import JUDGED_GROUP, PRODUCT, QUERY
 
@@ -63,10 +67,32 @@ def product_table(products: list[dict]) -> pa.Table:
     return pa.Table.from_pylist(products, schema=PRODUCT)
 
 
-def make_catalog(folder: Path, products: list[dict]) -> Catalog:
+def make_catalog(folder: Path, products: list[dict], per_shard: int = 1000) -> Catalog:
     table = product_table(products)
-    build_catalog([table.slice(0, 100), table.slice(100)], folder)
-    return Catalog(folder)
+    build_catalog([table.slice(0, 100), table.slice(100)], folder / "catalog", per_shard)
+    return Catalog(folder / "catalog" / "arrays")
+
+
+def make_search(
+    folder: Path, products: list[dict], per_shard: int = 1000, vectors: np.ndarray | None = None, part_size: int = 64
+) -> tuple[Catalog, Lexicon, ShardSearch]:
+    """The whole index of some products, as the pipeline leaves it, with given vectors float32 [n, d]."""
+    catalog = make_catalog(folder, products, per_shard)
+    for shard in range(catalog.num_shards):
+        batches = ProductFile(folder / "catalog" / products_file(shard)).batches(
+            ["title", "brand", "color", "category"]
+        )
+        index_words((search_text(batch.to_pydict()) for batch in batches), folder / f"postings/{shard:05d}", ["en"])
+        if vectors is not None:
+            rows = np.asarray(catalog.shard_rows(shard))
+            (folder / f"vectors/{shard:05d}").mkdir(parents=True)
+            np.save(folder / f"vectors/{shard:05d}/rows.npy", rows)
+            for part, start in enumerate(range(0, len(rows), part_size)):
+                place = folder / f"vectors/{shard:05d}" / part_name(part)
+                np.save(place, vectors[rows[start : start + part_size]])
+    build_lexicon([folder / f"postings/{shard:05d}" for shard in range(catalog.num_shards)], folder / "lexicon")
+    search = ShardSearch(range(catalog.num_shards), folder.joinpath, dense=vectors is not None)
+    return catalog, Lexicon(folder / "lexicon"), search
 
 
 def make_prepared(folder: Path, products: list[dict], log: list[str], held_out: list[str]) -> Path:
@@ -94,8 +120,9 @@ def stream_of(products: list[dict], options: GenerateOptions, log: list[str], gu
         TitleProduct(p["product_id"], p["title"], p.get("brand"), p.get("color"), p.get("category")) for p in products
     ]
     table = pa.Table.from_pylist([{"query": q, "frequency": 1} for q in log], schema=QUERY)
-    titles = title_queries(texts, ["us"] * len(texts), options)
-    return mix([(1.0, log_queries(table, 0, 0.5)), (3.0, titles)], guard, counts)
+    keys = np.arange(len(texts), dtype=np.uint64)
+    titles = title_queries(keys, lambda rows: [(texts[row], "us") for row in rows], lambda word: True, options)
+    return mix([(1.0, log_queries(table, 0, 0.5, {})), (3.0, titles)], guard, counts)
 
 
 def write_pairs(path: Path, rows: list[str]) -> str:

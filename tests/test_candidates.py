@@ -1,92 +1,16 @@
-"""Rankings, and the products that are chosen from them: exact, even, and steady while the catalog grows."""
+"""Which products are chosen from the rankings: by quotas, evenly, and steady while the catalog grows."""
 
 from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
 
-import bm25s
 import numpy as np
 import pytest
-from small_catalog import (
-    make_catalog,
-    make_products,
-    product_table,
-)
+from small_catalog import make_catalog, make_products
 
-from relevance_ray.errors import UserError
 from relevance_ray.generate.candidates import choose, query_seed, scale_quotas
-from relevance_ray.generate.catalog import build_catalog, search_text
-from relevance_ray.generate.rankings import Bm25Ranking, DenseRanking, build_bm25, sample_rows
 from relevance_ray.generate.stable import hash_seed, ring_draws
-
-# Rankings
-
-
-def test_bm25_ranks_as_the_library_does(tmp_path: Path) -> None:
-    texts = search_text(product_table(make_products()).select(["title", "brand", "color", "category"]).to_pydict())
-    build_bm25(texts, tmp_path / "bm25")
-    ours = Bm25Ranking(tmp_path / "bm25")
-    library = bm25s.BM25.load(tmp_path / "bm25")
-    for query in ("acme red running shoes", "lamp", "pack of 3 green hose echo", "red red red mat"):
-        tokens = bm25s.tokenize([query], token_pattern=r"(?u)\b\w+\b", return_ids=False, show_progress=False)[0]
-        scores = library.get_scores(list(dict.fromkeys(tokens)))
-        rows = ours.top(query, 20)
-        np.testing.assert_allclose(scores[rows], np.sort(scores)[::-1][:20], rtol=1e-5)
-    assert len(ours.top("zzz", 20)) == 0
-    assert len(ours.top("the", 20)) == 0
-
-
-def test_bm25_within_a_budget_still_scores_all_words_of_what_it_finds(tmp_path: Path) -> None:
-    texts = search_text(product_table(make_products(4)).select(["title", "brand", "color", "category"]).to_pydict())
-    build_bm25(texts, tmp_path / "bm25")
-    ranking = Bm25Ranking(tmp_path / "bm25")
-    query = "acme pink running shoes model2"
-    np.testing.assert_array_equal(ranking.top(query, 3, budget=150), ranking.top(query, 3))
-    assert 0 < len(ranking.top("acme", 500, budget=10)) <= 10
-
-
-def test_dense_ranking_is_exact_over_parts(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    vectors = rng.normal(size=(500, 16)).astype(np.float32)
-    rows = np.arange(1000, 1500)
-    for part in range(5):
-        np.save(tmp_path / f"part-{part:06d}.npy", vectors[part * 100 : (part + 1) * 100])
-    np.save(tmp_path / "rows.npy", rows)
-    queries = rng.normal(size=(3, 16)).astype(np.float32)
-    tops = DenseRanking(tmp_path).top(queries, 40)
-    for query, top in zip(queries, tops, strict=True):
-        np.testing.assert_array_equal(top, rows[np.argsort(-(vectors @ query), kind="stable")[:40]])
-
-
-def test_vectors_of_a_large_catalog_are_a_fixed_sample() -> None:
-    keys = np.random.default_rng(0).integers(2**63, size=1010).astype(np.uint64)
-    rows = sample_rows(keys[:1000], 100, seed=1)
-    assert len(set(rows.tolist())) == 100
-    assert (np.diff(rows) > 0).all()
-    np.testing.assert_array_equal(rows, sample_rows(keys[:1000], 100, seed=1))
-    assert len(set(rows) & set(sample_rows(keys, 100, seed=1))) >= 95
-    np.testing.assert_array_equal(sample_rows(keys[:50], 100, seed=1), np.arange(50))
-
-
-# Candidates
-
-
-def test_catalog_gives_rows_in_the_order_asked(tmp_path: Path) -> None:
-    products = make_products()
-    catalog = make_catalog(tmp_path / "catalog", products)
-    rows = np.asarray([239, 0, 120, 5, 99, 100])
-    taken = catalog.take(rows).to_pylist()
-    assert [row["product_id"] for row in taken] == [f"P{i}" for i in rows]
-    assert taken[1]["description"] == "d" * 500
-    assert taken[1]["attributes"] == [("size", "0")]
-    assert taken[0]["attributes"] is None
-    assert catalog.num_products == catalog.num_distinct == 240
-
-
-def test_empty_catalog_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no product"):
-        build_catalog([product_table([])], tmp_path / "catalog")
 
 
 def test_quotas_scale_to_the_size_of_a_group() -> None:
@@ -118,6 +42,19 @@ def test_quotas_are_met_and_every_product_names_its_origin(tmp_path: Path) -> No
     row, _ = by_name["category"]
     assert products[row]["category"] == products[7]["category"]
     assert products[row]["brand"] != products[7]["brand"]
+
+
+def test_what_the_shops_engine_found_comes_first_and_its_gaps_are_filled(tmp_path: Path) -> None:
+    catalog = make_catalog(tmp_path, make_products())
+    rankings = {"bm25": np.arange(0, 60), "engine": np.asarray([200, 3])}
+    found = choose(catalog, rankings, {"engine": 3, "bm25": 2, "random": 1}, (20, 50), None, seed=0)
+    assert found[:4] == [
+        (200, [("engine", 1)]),
+        (3, [("engine", 2), ("bm25", 4)]),
+        (0, [("bm25", 1)]),
+        (1, [("bm25", 2)]),
+    ]
+    assert len(found) == 6
 
 
 def test_unknown_words_and_missing_category_still_give_a_full_group(tmp_path: Path) -> None:

@@ -18,9 +18,9 @@ from small_catalog import (
     COLORS,
     LEXICAL,
     TYPES,
-    make_catalog,
     make_prepared,
     make_products,
+    make_search,
     no_guard,
     stream_of,
     write_pairs,
@@ -29,14 +29,10 @@ from small_catalog import (
 from relevance_ray.data.splits import LeakGuard
 from relevance_ray.errors import UserError
 from relevance_ray.generate.candidates import query_seed
-from relevance_ray.generate.catalog import search_text
 from relevance_ray.generate.options import GenerateOptions
 from relevance_ray.generate.pipeline import generate
-from relevance_ray.generate.queries import (
-    PoolCounts,
-    take_pool,
-)
-from relevance_ray.generate.rankings import Bm25Ranking, DenseRanking, build_bm25
+from relevance_ray.generate.pool import PoolFile, write_pool
+from relevance_ray.generate.queries import PoolCounts
 from relevance_ray.generate.shards import ShardContext, generate_shard, plan_ranges, shard_name, shard_range
 from relevance_ray.schema import GROUP, pair_id
 from relevance_ray.storage import CommitLog
@@ -64,29 +60,27 @@ def test_growth_in_any_steps_covers_every_group_once() -> None:
             assert all(a // 32 == (b - 1) // 32 for a, b in committed)
 
 
-def test_group_is_the_same_in_whichever_range_it_is_computed(tmp_path: Path) -> None:
+def unit_vectors(count: int) -> np.ndarray:
+    vectors = np.random.default_rng(0).normal(size=(count, 32))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def embed(texts: list[str]) -> np.ndarray:
+    found = [np.random.default_rng(query_seed(9, text)).normal(size=32) for text in texts]
+    return np.stack([vector / np.linalg.norm(vector) for vector in found]).astype(np.float32)
+
+
+@pytest.mark.parametrize("per_shard", [1000, 70])
+def test_group_is_the_same_in_whichever_range_it_is_computed(tmp_path: Path, per_shard: int) -> None:
     products = make_products()
-    catalog = make_catalog(tmp_path / "catalog", products)
-    build_bm25(
-        search_text({k: [p.get(k) for p in products] for k in ("title", "brand", "color", "category")}), tmp_path / "b"
-    )
-    vectors = np.random.default_rng(0).normal(size=(240, 32)).astype(np.float32)
-    (tmp_path / "v").mkdir()
-    np.save(tmp_path / "v" / "part-000000.npy", vectors)
-    np.save(tmp_path / "v" / "rows.npy", np.arange(240))
+    vectors = unit_vectors(240)
+    catalog, lexicon, search = make_search(tmp_path, products, per_shard, vectors)
     options = GenerateOptions(groups_per_shard=16)
     counts = PoolCounts()
-    pool, _ = take_pool(stream_of(products, options, ["red lamp", "wool hat zzz"], no_guard(), counts), 320, 8, counts)
-    context = ShardContext(
-        options,
-        catalog,
-        Bm25Ranking(tmp_path / "b"),
-        DenseRanking(tmp_path / "v"),
-        lambda texts: np.stack([np.random.default_rng(query_seed(9, text)).normal(size=32) for text in texts]).astype(
-            np.float32
-        ),
-        lambda start, stop: pool.slice(start, stop - start),
-    )
+    stream = stream_of(products, options, ["red lamp", "wool hat zzz"], no_guard(), counts)
+    write_pool(stream, tmp_path / "pool", 320, 8, counts)
+    read_pool = PoolFile(tmp_path / "pool").read
+    context = ShardContext(options, catalog, lexicon, search, embed, read_pool)
     whole = generate_shard(context, 0, 40)
     assert whole.schema.equals(GROUP)
     pieces = [generate_shard(context, start, stop) for start, stop in ((0, 7), (7, 16), (16, 40))]
@@ -135,6 +129,30 @@ def test_more_pairs_keep_the_shards_that_exist(tmp_path: Path, ray_cluster: None
     guard = LeakGuard(held_out)
     assert not [group["query"] for group in groups(out) if guard.is_leak(group["query"])]
     assert {len(group["products"]) for group in groups(out)} == {8}
+
+
+def test_groups_depend_on_no_shard_of_the_catalog(tmp_path: Path, ray_cluster: None) -> None:
+    log = [f"{color} {kind}" for color in COLORS for kind in TYPES]
+    prepared = make_prepared(tmp_path / "prepare", make_products(), log, [])
+    results = write_pairs(tmp_path / "engine.csv", ["red desk lamp,P1,1", "Red  desk lamp,P9,2"])
+    found = []
+    for name, per_shard, actors in (("whole", 1000, 0), ("parts", 50, 0), ("spread", 50, 2)):
+        quotas = {**LEXICAL, "dense": 2.0, "dense_middle": 1.0, "engine": 2.0}
+        options = GenerateOptions(
+            num_pairs=576,
+            source="log",
+            quotas=quotas,
+            candidates_per_query=12,
+            products_per_shard=per_shard,
+            engine_file=results,
+        )
+        out = str(tmp_path / name)
+        generate(options, str(prepared), out, num_workers=2, search_actors=actors)
+        found.append(pa.concat_tables([pq.read_table(path) for path in CommitLog(out).files()]).to_pylist())
+    assert found[0] == found[1] == found[2]
+    lamp = next(group for group in found[0] if group["query"] == "red desk lamp")
+    of_engine = [p["product_id"] for p in lamp["products"] if p["origins"][0]["name"] == "engine"]
+    assert of_engine == ["P1", "P9"]
 
 
 def test_folder_of_other_options_is_refused(tmp_path: Path, ray_cluster: None) -> None:
@@ -207,7 +225,7 @@ def test_dense_candidates_come_from_a_real_model(tmp_path: Path, ray_cluster: No
     assert summary["origins"] == {"dense": 8}
     group = pq.read_table(CommitLog(str(out)).files()[0]).to_pylist()[0]
     titles = [product["fields"]["title"] for product in group["products"]]
-    rows = np.load(out / "index" / "vectors" / "rows.npy")
+    rows = np.load(out / "index" / "vectors" / "00000" / "rows.npy")
     assert len(rows) == 60
     jackets = {products[row]["title"] for row in rows if "Rain Jacket" in products[row]["title"]}
     assert jackets

@@ -6,8 +6,6 @@ folder needs only the document frequencies, and one pass over a catalog of any s
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,16 +20,11 @@ from relevance_ray.errors import UserError
 from relevance_ray.model_folder import ModelInfo, read_model_info, staged_folder, write_model_info
 from relevance_ray.schema import LabelScale
 from relevance_ray.templates import Template
+from relevance_ray.tokens import words
 
 K1 = 1.2
 B = 0.75
 _VOCABULARY = "vocabulary.parquet"
-_WORD = re.compile(r"\w+")
-
-
-def words(text: str) -> list[str]:
-    """The words of a text: runs of letters and digits, NFKC and casefolded."""
-    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
 class BM25Model(FolderModel):

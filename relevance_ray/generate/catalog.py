@@ -1,13 +1,15 @@
 """The catalog as generation reads it: rows by number, memory-mapped, shared by all workers of a machine.
 
-An Arrow IPC file holds what a group carries of each product; small arrays hold what candidates are drawn by (category,
-brand, identity of the text). The trade-off: about a kilobyte of disk per product for not moving any through Ray.
+What a group carries of each product lies in Arrow IPC files, one a shard of the catalog; small arrays over all rows hold
+what candidates are drawn by (category, brand, identity of the text). The trade-off: about a kilobyte of disk per product
+for not moving any through Ray, and some 45 bytes of it on every worker's machine, however the shards are spread.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +31,42 @@ def search_text(columns: dict[str, list[Any]]) -> list[str]:
     return [" ".join(part for part in product if part) for product in parts]
 
 
+def products_file(shard: int) -> str:
+    return f"products-{shard:05d}.arrow"
+
+
+class ProductFile:
+    """The products of one shard of the catalog, memory-mapped."""
+
+    def __init__(self, path: Path) -> None:
+        self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        sizes = [self._reader.get_batch(index).num_rows for index in range(self._reader.num_record_batches)]
+        self._starts = np.concatenate([[0], np.cumsum(sizes)])
+
+    def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        for index in range(self._reader.num_record_batches):
+            yield self._reader.get_batch(index).select(list(columns))
+
+    def take(self, rows: np.ndarray, columns: Sequence[str] = COLUMNS) -> pa.Table:
+        """The given rows of this file, int64 [n], in their order: only the batches that hold them are touched."""
+        owner = np.searchsorted(self._starts, rows, side="right") - 1
+        order = np.argsort(owner, kind="stable")
+        pieces = []
+        for index in np.unique(owner):
+            local = rows[order][owner[order] == index] - self._starts[index]
+            pieces.append(self._reader.get_batch(int(index)).select(list(columns)).take(pa.array(local)))
+        back = np.empty(len(rows), dtype=np.int64)
+        back[order] = np.arange(len(rows))
+        schema = pa.schema([_SCHEMA.field(name) for name in columns])
+        return pa.Table.from_batches(pieces, schema=schema).combine_chunks().take(pa.array(back))
+
+
 class Catalog:
-    """Read access to the folder that `build_catalog` wrote.
+    """What is known of all products, from the arrays that `build_catalog` wrote.
 
     Attributes:
         num_products: rows.
+        starts: int64 [shards + 1], the first row of each shard.
         text_ids: int64 [num_products], equal for products whose search texts are equal.
         num_distinct: how many different texts there are, the most that one group can hold.
         keys: uint64 [num_products], `text_ids` as what random choices are made by.
@@ -43,12 +76,10 @@ class Catalog:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._reader = pa.ipc.open_file(pa.memory_map(str(folder / "products.arrow")))
-        self.num_batches = self._reader.num_record_batches
-        self._starts = np.load(folder / "starts.npy")
-        self.num_products = int(self._starts[-1])
+        self.starts = np.load(folder / "starts.npy")
+        self.num_products = int(self.starts[-1])
         self.text_ids = np.load(folder / "text_ids.npy", mmap_mode="r")
-        self.num_distinct = int(np.load(folder / "num_distinct.npy"))
+        self.num_distinct = int(json.loads((folder / "catalog.json").read_text())["num_distinct"])
         self.keys = self.text_ids.view(np.uint64)
         self.ring = np.load(folder / "ring.npy", mmap_mode="r")
         self.ring_keys = np.load(folder / "ring_keys.npy", mmap_mode="r")
@@ -57,28 +88,12 @@ class Catalog:
         self._by_category = np.load(folder / "by_category.npy", mmap_mode="r")
         self._category_starts = np.load(folder / "category_starts.npy", mmap_mode="r")
 
-    def batch(self, index: int) -> pa.RecordBatch:
-        return self._reader.get_batch(index)
+    @property
+    def num_shards(self) -> int:
+        return len(self.starts) - 1
 
-    def batches(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
-        for index in range(self.num_batches):
-            yield self.batch(index).select(columns)
-
-    def column(self, name: str) -> list[Any]:
-        """A whole column as Python values."""
-        return [value for batch in self.batches([name]) for value in batch.column(0).to_pylist()]
-
-    def take(self, rows: np.ndarray) -> pa.Table:
-        """The given rows, in their order: only the batches that hold them are touched."""
-        owner = np.searchsorted(self._starts, rows, side="right") - 1
-        order = np.argsort(owner, kind="stable")
-        pieces = []
-        for index in np.unique(owner):
-            local = rows[order][owner[order] == index] - self._starts[index]
-            pieces.append(self.batch(int(index)).take(pa.array(local)))
-        back = np.empty(len(rows), dtype=np.int64)
-        back[order] = np.arange(len(rows))
-        return pa.Table.from_batches(pieces, schema=_SCHEMA).combine_chunks().take(pa.array(back))
+    def shard_rows(self, shard: int) -> range:
+        return range(int(self.starts[shard]), int(self.starts[shard + 1]))
 
     def same_category(self, row: int) -> np.ndarray:
         """Rows of the products that share the row's category path, itself included, by rising key; empty where it has
@@ -89,20 +104,23 @@ class Catalog:
         return self._by_category[self._category_starts[category] : self._category_starts[category + 1]]
 
 
-def build_catalog(products: Iterable[pa.Table], folder: Path) -> None:
-    """Write the catalog of a stream of PRODUCT tables into a new folder. Raises `UserError` for an empty stream."""
-    folder.mkdir(parents=True)
+def build_catalog(products: Iterable[pa.Table], folder: Path, products_per_shard: int) -> None:
+    """Write a stream of PRODUCT tables into a new folder: `products-00000.arrow` and on, and `arrays/`.
+
+    Raises:
+        UserError: the stream is empty.
+    """
+    arrays = folder / "arrays"
+    arrays.mkdir(parents=True)
     category_codes, brand_codes = _Codes(), _Codes()
     text_ids: list[np.ndarray] = []
     starts = [0]
-    with pa.ipc.new_file(str(folder / "products.arrow"), _SCHEMA) as writer:
-        for table in products:
-            table = table.select(COLUMNS)
-            cut = pc.utf8_slice_codeunits(table["description"], 0, DESCRIPTION_CHARS)
-            table = table.set_column(COLUMNS.index("description"), "description", cut).cast(_SCHEMA)
-            for batch in table.combine_chunks().to_batches(max_chunksize=_ROWS_PER_BATCH):
+    for shard, batches in enumerate(_shards(products, products_per_shard)):
+        with pa.ipc.new_file(str(folder / products_file(shard)), _SCHEMA) as writer:
+            starts.append(starts[-1])
+            for batch in batches:
                 writer.write_batch(batch)
-                starts.append(starts[-1] + batch.num_rows)
+                starts[-1] += batch.num_rows
                 columns = batch.select(["title", "brand", "color", "category"]).to_pydict()
                 category_codes.add(columns["category"])
                 brand_codes.add([brand and brand.casefold() for brand in columns["brand"]])
@@ -115,15 +133,44 @@ def build_catalog(products: Iterable[pa.Table], folder: Path) -> None:
     keys = identity.view(np.uint64)
     ring = np.argsort(keys, kind="stable")
     by_category = np.lexsort((keys, categories))[int((categories < 0).sum()) :]
-    np.save(folder / "starts.npy", np.asarray(starts, dtype=np.int64))
-    np.save(folder / "text_ids.npy", identity)
-    np.save(folder / "ring.npy", ring)
-    np.save(folder / "ring_keys.npy", keys[ring])
-    np.save(folder / "num_distinct.npy", np.int64(len(np.unique(identity))))
-    np.save(folder / "brands.npy", brand_codes.array())
-    np.save(folder / "categories.npy", categories)
-    np.save(folder / "by_category.npy", by_category.astype(np.int64))
-    np.save(folder / "category_starts.npy", np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
+    np.save(arrays / "starts.npy", np.asarray(starts, dtype=np.int64))
+    np.save(arrays / "text_ids.npy", identity)
+    np.save(arrays / "ring.npy", ring)
+    np.save(arrays / "ring_keys.npy", keys[ring])
+    np.save(arrays / "brands.npy", brand_codes.array())
+    np.save(arrays / "categories.npy", categories)
+    np.save(arrays / "by_category.npy", by_category.astype(np.int64))
+    np.save(arrays / "category_starts.npy", np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
+    about = {"num_products": starts[-1], "num_distinct": len(np.unique(identity)), "shards": len(starts) - 1}
+    (arrays / "catalog.json").write_text(json.dumps(about) + "\n")
+
+
+def _shards(products: Iterable[pa.Table], products_per_shard: int) -> Iterator[Iterator[pa.RecordBatch]]:
+    """The stream cut into shards of so many products (the last one has what is left), each read before the next."""
+    stream = _batches(products)
+    batch = next(stream, None)
+
+    def one_shard() -> Iterator[pa.RecordBatch]:
+        nonlocal batch
+        room = products_per_shard
+        while batch is not None and room:
+            head, rest = batch.slice(0, room), batch.slice(room)
+            room -= head.num_rows
+            yield head
+            batch = rest if rest.num_rows else next(stream, None)
+
+    while batch is not None:
+        yield one_shard()
+
+
+def _batches(products: Iterable[pa.Table]) -> Iterator[pa.RecordBatch]:
+    for table in products:
+        table = table.select(COLUMNS)
+        cut = pc.utf8_slice_codeunits(table["description"], 0, DESCRIPTION_CHARS)
+        table = table.set_column(COLUMNS.index("description"), "description", cut).cast(_SCHEMA)
+        for batch in table.combine_chunks().to_batches(max_chunksize=_ROWS_PER_BATCH):
+            if batch.num_rows:
+                yield batch
 
 
 def _text_ids(texts: list[str]) -> np.ndarray:

@@ -1,35 +1,49 @@
-"""What a generate folder keeps beside its shards, under `index/`: the catalog, BM25, the vectors, the pool.
+"""What a generate folder keeps beside its shards, under `index/`: the catalog, BM25 and the vectors by shard, the pool.
 
-All of it is made anew from the prepared data where it is missing, and each file or folder appears whole, so that a
-killed run goes on with what is there. Workers map local files into memory; from S3
-each machine takes a copy first.
+    catalog.json, catalog/arrays/, catalog/products-00000.arrow ...    what is known of all products; the shards of them
+    postings/00000.json, postings/00000/ ...                           BM25, a shard each
+    lexicon.json, lexicon/                                             the word counts of the whole catalog
+    vectors/00000/                                                     rows and parts of the dense vectors, a shard each
+    pool.json, pool/groups.arrow                                       the queries of the run
+
+All of it is made anew from the prepared data where it is missing, and counts once its JSON file is there, so that a
+killed run goes on with what it has. Workers map local files into memory; from S3 each machine takes a copy first.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import io
 import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from relevance_ray.data.prepare import iter_products, read_judged, read_queries
 from relevance_ray.data.splits import LeakGuard
-from relevance_ray.generate.catalog import COLUMNS, Catalog, build_catalog, search_text
+from relevance_ray.generate.catalog import COLUMNS, Catalog, ProductFile, build_catalog, products_file, search_text
+from relevance_ray.generate.dense import VECTORS_PER_PART, part_name, sample_rows
+from relevance_ray.generate.lexical import Lexicon, build_lexicon, index_words, word_hash
 from relevance_ray.generate.options import GenerateOptions
+from relevance_ray.generate.pool import PoolSummary, write_pool
 from relevance_ray.generate.queries import (
     PoolCounts,
     PoolQuery,
     file_queries,
     log_queries,
     mix,
-    take_pool,
+    read_pairs,
     title_queries,
 )
-from relevance_ray.generate.rankings import build_bm25, sample_rows
+from relevance_ray.generate.search import ShardSearch
 from relevance_ray.generate.titles import TitleProduct
+from relevance_ray.schema import normalize_query
 from relevance_ray.storage import (
+    content_id,
     exists,
     is_remote,
     join,
@@ -37,105 +51,228 @@ from relevance_ray.storage import (
     localize,
     makedirs,
     publish_folder,
+    read_json,
+    remove_file,
     remove_tree,
     write_bytes,
     write_json,
 )
+from relevance_ray.tokens import words
 
-VECTORS_PER_PART = 2048
 _STAGING = ".making-"
+_SEARCHED = ["title", "brand", "color", "category"]
 
 
-def build_search_folder(prepared_dir: str, out_dir: str) -> bool:
-    """Make `index/search` (catalog and BM25) where it is missing; False where it was there."""
-    root = join(out_dir, "index")
-    if exists(join(root, "search.json")):
-        return False
-    makedirs(root)
-    for name in listdir(root):
-        if name.startswith(_STAGING):
-            remove_tree(join(root, name))
-    # Staged on the file system it is published to, where publishing is one rename.
-    parent = None if is_remote(root) else root.removeprefix("file://")
-    with tempfile.TemporaryDirectory(prefix=_STAGING, dir=parent, ignore_cleanup_errors=True) as staging:
-        folder = Path(staging) / "search"
-        build_catalog(iter_products(localize(prepared_dir), COLUMNS), folder)
-        catalog = Catalog(folder)
-        columns = ["title", "brand", "color", "category"]
-        texts = [text for batch in catalog.batches(columns) for text in search_text(batch.to_pydict())]
-        build_bm25(texts, folder / "bm25")
-        publish_folder(folder, join(root, "search"))
-        write_json(
-            join(root, "search.json"), {"num_products": catalog.num_products, "num_distinct": catalog.num_distinct}
-        )
-    return True
+def file_contents(options: GenerateOptions) -> list[list[str]]:
+    """What the files that the options name hold, for fingerprints."""
+    return [[key, content_id(path)] for key, path in options.files.items()]
 
 
-def part_name(part: int) -> str:
-    return f"part-{part:06d}.npy"
+class Index:
+    """The `index/` of one generate folder.
+
+    Args:
+        options: of the generation.
+        prepared_dir: what the prepare step wrote.
+        out_dir: the generate folder, local or s3://.
+    """
+
+    def __init__(self, options: GenerateOptions, prepared_dir: str, out_dir: str) -> None:
+        self.options, self._prepared_dir, self._out_dir = options, prepared_dir, out_dir
+        self.root = join(out_dir, "index")
+        self._opened: dict[int, ProductFile] = {}
+
+    def __reduce__(self) -> tuple[type, tuple[GenerateOptions, str, str]]:
+        """What travels to an actor: where the index lies, and nothing that is open."""
+        return Index, (self.options, self._prepared_dir, self._out_dir)
+
+    def locate(self, name: str) -> Path:
+        """A file or folder of the index as a local path."""
+        return localize(join(self.root, name))
+
+    def sweep(self) -> None:
+        """Remove what a killed run left half-made; only for the holder of the lease, before work starts."""
+        makedirs(self.root)
+        for name in listdir(self.root):
+            if name.startswith(_STAGING):
+                remove_tree(join(self.root, name))
+
+    @contextlib.contextmanager
+    def _staged(self, name: str, about: dict[str, Any]) -> Iterator[Path]:
+        """A path to make a folder at, which then appears whole as `name`; it counts once `name`.json is there."""
+        # Staged on the file system it is published to, where publishing is one rename.
+        parent = None if is_remote(self.root) else self.root.removeprefix("file://")
+        with tempfile.TemporaryDirectory(prefix=_STAGING, dir=parent, ignore_cleanup_errors=True) as staging:
+            folder = Path(staging) / "made"
+            yield folder
+            publish_folder(folder, join(self.root, name))
+        write_json(join(self.root, f"{name}.json"), about)
+
+    # The catalog
+
+    def build_catalog(self) -> Catalog:
+        """The catalog, made where it is missing."""
+        if not exists(join(self.root, "catalog.json")):
+            about = {"products_per_shard": self.options.products_per_shard}
+            with self._staged("catalog", about) as folder:
+                products = iter_products(localize(self._prepared_dir), COLUMNS)
+                build_catalog(products, folder, self.options.products_per_shard)
+        return self.catalog
+
+    @functools.cached_property
+    def catalog(self) -> Catalog:
+        return Catalog(self.locate("catalog/arrays"))
+
+    def product_file(self, shard: int) -> ProductFile:
+        if shard not in self._opened:
+            self._opened[shard] = ProductFile(self.locate(f"catalog/{products_file(shard)}"))
+        return self._opened[shard]
+
+    def _names(self, kind: str) -> list[str]:
+        return [f"{kind}/{shard:05d}" for shard in range(self.catalog.num_shards)]
+
+    # BM25
+
+    def missing_postings(self) -> list[int]:
+        """The shards that have no postings yet."""
+        there = set(listdir(join(self.root, "postings")))
+        return [shard for shard in range(self.catalog.num_shards) if f"{shard:05d}.json" not in there]
+
+    def build_postings(self, shard: int) -> None:
+        with self._staged(f"postings/{shard:05d}", {}) as folder:
+            batches = self.product_file(shard).batches(_SEARCHED)
+            index_words((search_text(batch.to_pydict()) for batch in batches), folder, self.options.stopwords)
+
+    def build_lexicon(self) -> Lexicon:
+        """The word counts of the whole catalog, added up where that is still to be done."""
+        if not exists(join(self.root, "lexicon.json")):
+            with self._staged("lexicon", {}) as folder:
+                build_lexicon(map(self.locate, self._names("postings")), folder)
+        return self.lexicon
+
+    @functools.cached_property
+    def lexicon(self) -> Lexicon:
+        return Lexicon(self.locate("lexicon"))
+
+    # Vectors
+
+    def missing_vectors(self) -> list[tuple[int, int]]:
+        """The (shard, part) that are still to be computed; writes each shard's `rows.npy`, which its parts follow."""
+        catalog = self.catalog
+        rows = sample_rows(catalog.keys, self.options.dense_max_products, self.options.seed)
+        missing = []
+        for shard in range(catalog.num_shards):
+            mine = catalog.shard_rows(shard)
+            inside = rows[np.searchsorted(rows, mine.start) : np.searchsorted(rows, mine.stop)]
+            folder = join(self.root, "vectors", f"{shard:05d}")
+            there = set(listdir(folder))
+            if "rows.npy" not in there:
+                write_bytes(join(folder, "rows.npy"), _npy(inside))
+            num_parts = -(-len(inside) // VECTORS_PER_PART)
+            missing += [(shard, part) for part in range(num_parts) if part_name(part) not in there]
+        return missing
+
+    def vector_texts(self, shard: int, part: int) -> list[str]:
+        """The texts whose vectors make up a part: title, brand and color."""
+        rows = np.load(self.locate(f"vectors/{shard:05d}/rows.npy"))
+        mine = rows[part * VECTORS_PER_PART : (part + 1) * VECTORS_PER_PART] - self.catalog.starts[shard]
+        columns = self.product_file(shard).take(mine, _SEARCHED[:3]).to_pydict()
+        return search_text({**columns, "category": [None] * len(mine)})
+
+    def write_vectors(self, shard: int, part: int, vectors: np.ndarray) -> None:
+        path = join(self.root, "vectors", f"{shard:05d}", part_name(part))
+        write_bytes(path, _npy(vectors.astype(np.float32)))
+
+    def search(self, shards: Sequence[int]) -> ShardSearch:
+        """Some shards, mapped into this process."""
+        return ShardSearch(shards, self.locate, dense=self.options.uses_dense)
+
+    # The pool
+
+    def build_pool(self) -> PoolSummary:
+        """The queries of this run: what is there where it was made for as many pairs, else made anew."""
+        place = join(self.root, "pool.json")
+        if exists(place):
+            known = PoolSummary(**read_json(place))
+            if known.asked == self.options.num_pairs:
+                return known
+        counts = PoolCounts()
+        prepared = localize(self._prepared_dir)
+        held_out = [read_judged(prepared, split)["query"].to_pylist() for split in ("dev", "test")]
+        guard = LeakGuard([query for queries in held_out for query in queries])
+        stream = mix(list(self._sources(prepared)), guard, counts)
+        if self.options.engine_file:
+            stream = self._with_engine_rows(stream)
+        group_size = min(self.options.candidates_per_query, self.catalog.num_distinct)
+        about: dict[str, Any] = {}
+        with self._staged("pool", about) as folder:
+            folder.mkdir()
+            summary = write_pool(stream, folder / "groups.arrow", self.options.num_pairs, group_size, counts)
+            about.update(summary.to_dict())
+            remove_file(place)
+        return summary
+
+    def _sources(self, prepared: Path) -> Iterator[tuple[float, Iterator[PoolQuery]]]:
+        options, catalog = self.options, self.catalog
+        for source in options.sources:
+            weight = options.weight(source)
+            if source == "log":
+                log = read_queries(prepared)
+                yield weight, log_queries(log, options.seed, options.frequency_power, options.log_bands)
+            elif source == "titles":
+                titles = _Titles([self.product_file(shard) for shard in range(catalog.num_shards)], catalog.starts)
+                yield weight, title_queries(catalog.keys, titles.read, _shared_words(self.lexicon), options)
+            else:
+                yield weight, file_queries(options.pairs_file, self._product_ids(), options)
+
+    def _with_engine_rows(self, stream: Iterator[PoolQuery]) -> Iterator[PoolQuery]:
+        found = read_pairs(self.options.engine_file, self._product_ids(), "generate.engine_file")
+        for query in stream:
+            _, ranked = found.get(normalize_query(query.query), ("", []))
+            yield replace(query, engine_rows=tuple(row for row, _ in ranked))
+
+    def _product_ids(self) -> list[str]:
+        files = map(self.product_file, range(self.catalog.num_shards))
+        return [
+            value for file in files for batch in file.batches(["product_id"]) for value in batch.column(0).to_pylist()
+        ]
 
 
-def plan_vector_parts(catalog: Catalog, options: GenerateOptions, out_dir: str) -> list[int]:
-    """The parts of `index/vectors` that are still to be computed; writes `rows.npy`, which they follow."""
-    rows = sample_rows(catalog.keys, options.dense_max_products, options.seed)
-    folder = join(out_dir, "index", "vectors")
-    write_bytes(join(folder, "rows.npy"), _npy(rows))
-    there = set(listdir(folder))
-    num_parts = -(-len(rows) // VECTORS_PER_PART)
-    return [part for part in range(num_parts) if part_name(part) not in there]
+class _Titles:
+    """The texts that queries are cut from, by catalog row."""
+
+    _NAMES = ("product_id", "title", "brand", "color", "category")
+
+    def __init__(self, files: Sequence[ProductFile], starts: np.ndarray) -> None:
+        self._files, self._starts = files, starts
+
+    def read(self, rows: np.ndarray) -> list[tuple[TitleProduct, str | None]]:
+        owner = np.searchsorted(self._starts, rows, side="right") - 1
+        out: list[tuple[TitleProduct, str | None] | None] = [None] * len(rows)
+        for shard in np.unique(owner):
+            places = np.flatnonzero(owner == shard)
+            taken = self._files[shard].take(rows[places] - self._starts[shard], [*self._NAMES, "locale"])
+            columns = [taken[name].to_pylist() for name in (*self._NAMES, "locale")]
+            for place, (*texts, locale) in zip(places.tolist(), zip(*columns, strict=True), strict=True):
+                out[place] = (TitleProduct(*texts), locale)
+        return out  # type: ignore[return-value]
 
 
-def part_texts(catalog: Catalog, options: GenerateOptions, part: int) -> list[str]:
-    """The texts whose vectors make up a part: title, brand and color."""
-    rows = sample_rows(catalog.keys, options.dense_max_products, options.seed)
-    mine = rows[part * VECTORS_PER_PART : (part + 1) * VECTORS_PER_PART]
-    columns = catalog.take(mine).select(["title", "brand", "color"]).to_pydict()
-    return search_text({**columns, "category": [None] * len(mine)})
+def _shared_words(lexicon: Lexicon) -> Any:
+    """Whether a word, or all that it is put together from, stands in more than one product; remembers its answers."""
+    known: dict[str, bool] = {}
 
+    def is_shared(word: str) -> bool:
+        if word not in known:
+            if len(known) >= 1_000_000:
+                known.clear()
+            known[word] = min(lexicon.frequencies([word_hash(part) for part in words(word)]), default=0) > 1
+        return known[word]
 
-def write_vectors(out_dir: str, part: int, vectors: np.ndarray) -> None:
-    write_bytes(join(out_dir, "index", "vectors", part_name(part)), _npy(vectors.astype(np.float32)))
+    return is_shared
 
 
 def _npy(array: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, array)
     return buffer.getvalue()
-
-
-def build_pool(
-    options: GenerateOptions, prepared_dir: str, out_dir: str, catalog: Catalog
-) -> tuple[pa.Table, int, PoolCounts]:
-    """Write `index/pool.arrow`, the queries of this run, and return it, its number of pairs, and what was left out."""
-    prepared = localize(prepared_dir)
-    held_out = [read_judged(prepared, split)["query"].to_pylist() for split in ("dev", "test")]
-    guard = LeakGuard([query for queries in held_out for query in queries])
-    counts = PoolCounts()
-    makers = {
-        "log": lambda: log_queries(read_queries(prepared), options.seed, options.frequency_power),
-        "titles": lambda: title_queries(_title_products(catalog), catalog.column("locale"), options),
-        "file": lambda: _file_queries(options, catalog),
-    }
-    sources = [(options.weight(source), makers[source]()) for source in options.sources]
-    group_size = min(options.candidates_per_query, catalog.num_distinct)
-    pool, num_pairs = take_pool(mix(sources, guard, counts), options.num_pairs, group_size, counts)
-    sink = io.BytesIO()
-    with pa.ipc.new_file(sink, pool.schema) as writer:
-        writer.write_table(pool, max_chunksize=10_000)
-    write_bytes(join(out_dir, "index", "pool.arrow"), sink.getvalue())
-    return pool, num_pairs, counts
-
-
-def read_pool(path: Path, start: int, stop: int) -> pa.Table:
-    """Rows [start, stop) of the pool, from a local copy of its file."""
-    return pa.ipc.open_file(pa.memory_map(str(path))).read_all().slice(start, stop - start)
-
-
-def _title_products(catalog: Catalog) -> list[TitleProduct]:
-    names = ["product_id", "title", "brand", "color", "category"]
-    columns = (batch.to_pydict() for batch in catalog.batches(names))
-    return [TitleProduct(*row) for block in columns for row in zip(*(block[name] for name in names), strict=True)]
-
-
-def _file_queries(options: GenerateOptions, catalog: Catalog) -> list[PoolQuery]:
-    return list(file_queries(options.pairs_file, catalog.column("product_id"), options))

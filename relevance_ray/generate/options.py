@@ -9,8 +9,25 @@ from relevance_ray.options import STRICT, option
 
 Source = Literal["log", "titles", "file"]
 SOURCES: tuple[Source, ...] = ("log", "titles", "file")
+STOPWORDS = {
+    "da": "DANISH",
+    "de": "GERMAN",
+    "en": "EN",
+    "es": "SPANISH",
+    "fr": "FRENCH",
+    "it": "ITALIAN",
+    "nl": "DUTCH",
+    "no": "NORWEGIAN",
+    "pt": "PORTUGUESE",
+    "ru": "RUSSIAN",
+    "sv": "SWEDISH",
+    "tr": "TURKISH",
+}
+"""Languages whose words that say nothing can be left out, and what bm25s calls their lists."""
+BANDS = ("head", "torso", "tail")
 QUOTAS = {"bm25": 2.0, "bm25_middle": 1.0, "dense": 2.0, "dense_middle": 1.0, "category": 1.0, "random": 1.0}
 """Near, middle and far products of each query: what a teacher's ranking is learned from, not only its top."""
+ORIGINS = (*QUOTAS, "engine")
 
 
 @dataclass(frozen=True)
@@ -37,8 +54,15 @@ class GenerateOptions:
         "for source file: Parquet, CSV or JSON lines with columns query, product_id and, optionally, rank",
         operational=True,
     )
+    log_bands: dict[str, float] = option(
+        {},
+        "shares of the log's queries by band (head, torso, tail: the queries that make up the first, second and last "
+        "third of all searches); a band that runs out leaves its share to the others; empty: no bands",
+    )
     frequency_power: float = option(
-        0.5, "log queries are drawn with weight frequency ** this: 0 draws tail and head alike, 1 as often as typed"
+        0.5,
+        "log queries are drawn, within their band, with weight frequency ** this: 0 draws rare and frequent ones alike, "
+        "1 as often as typed",
     )
     min_title_words: int = option(2, "fewest words of a query cut from a title")
     max_title_words: int = option(6, "most words of a query cut from a title")
@@ -48,12 +72,26 @@ class GenerateOptions:
     quotas: dict[str, float] = option(
         QUOTAS,
         "shares of a query's products by origin, scaled to candidates_per_query: bm25 and dense (top ranks), "
-        "bm25_middle and dense_middle (from middle_ranks), category (same category, other brand), random",
+        "bm25_middle and dense_middle (from middle_ranks), category (same category, other brand), random, engine (the "
+        "best of engine_file)",
+    )
+    engine_file: str = option(
+        "",
+        "what the shop's own search engine found, the origin `engine` of quotas: Parquet, CSV or JSON lines with columns "
+        "query, product_id and, optionally, rank",
+        operational=True,
     )
     middle_ranks: list[int] = option([10, 100], "first and last rank that bm25_middle and dense_middle draw from")
     dense_model: str = option("minilm", "bi-encoder behind dense and dense_middle: a short name, a folder or a hub id")
     dense_max_products: int = option(
         1_000_000, "dense candidates come from a fixed random sample of so many products where the catalog has more"
+    )
+    stopwords: list[str] = option(
+        ["en"],
+        f"languages whose commonest words BM25 leaves out: {', '.join(STOPWORDS)}; an empty list leaves out none",
+    )
+    products_per_shard: int = option(
+        200_000, "products in a shard of the catalog's index; no candidate depends on it", operational=True
     )
     groups_per_shard: int = option(64, "queries in a shard, the unit of commit of generation and labeling")
     seed: int = option(0, "another seed draws other queries and other candidates")
@@ -73,13 +111,20 @@ class GenerateOptions:
                 f"min_title_words ({self.min_title_words}) must be at least 1 and at most max_title_words "
                 f"({self.max_title_words})"
             )
-        if self.dense_max_products < 1 or self.max_batch_tokens < 1:
-            raise ValueError("dense_max_products and max_batch_tokens must be at least 1")
+        for name in ("dense_max_products", "max_batch_tokens", "products_per_shard"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for language in self.stopwords:
+            if language not in STOPWORDS:
+                raise ValueError(f"stopwords names {language!r}, which is none of {', '.join(STOPWORDS)}")
         if not 0.0 <= self.frequency_power <= 1.0:
             raise ValueError(f"frequency_power must lie between 0 and 1, not {self.frequency_power}")
         if len(self.middle_ranks) != 2 or not 1 <= self.middle_ranks[0] <= self.middle_ranks[1]:
             raise ValueError(f"middle_ranks must be [first, last] with 1 <= first <= last, not {self.middle_ranks}")
-        _check_weights("quotas", self.quotas, tuple(QUOTAS))
+        _check_weights("quotas", self.quotas, ORIGINS)
+        _check_weights("log_bands", self.log_bands, BANDS)
+        if self.log_bands and not any(self.log_bands.values()):
+            raise ValueError("log_bands are all 0; give at least one band a share")
         _check_weights("source_weights", self.source_weights, SOURCES)
         if not any(self.quotas.values()):
             raise ValueError("quotas are all 0; give at least one origin a share")
@@ -94,6 +139,8 @@ class GenerateOptions:
             raise ValueError(f"source_weights names {strangers[0]!r}, which is not in source {list(self.sources)}")
         if ("file" in self.sources) != bool(self.pairs_file):
             raise ValueError("source file and pairs_file go together: set both or neither")
+        if (self.quotas.get("engine", 0) > 0) != bool(self.engine_file):
+            raise ValueError("a quota for engine and engine_file go together: set both or neither")
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -102,6 +149,12 @@ class GenerateOptions:
 
     def weight(self, source: str) -> float:
         return float(self.source_weights.get(source, 1.0))
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The files that are read besides the prepared data, by their keys."""
+        named = {"pairs_file": self.pairs_file, "engine_file": self.engine_file}
+        return {key: path for key, path in named.items() if path}
 
     @property
     def uses_dense(self) -> bool:

@@ -1,71 +1,75 @@
-"""Generation on Ray Data: the index, the vectors and the shards of groups, through pools of actors.
+"""Generation on Ray: the index, the vectors and the shards of groups, through pools of actors.
 
-Only numbers of parts and ranges of groups travel through Ray; each actor maps the index into memory and commits what it
-made. A killed run loses the shards in flight and nothing else; a run with a larger `num_pairs` adds shards to those
-that are there.
+Only numbers of parts and ranges of groups travel through Ray Data; each actor maps the index into memory and commits what
+it made. Where a catalog is too large for every worker, its shards are spread over search actors, which all workers ask.
+A killed run loses the shards in flight and nothing else; a run with a larger `num_pairs` adds shards to those that are
+there.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from relevance_ray.errors import UserError
-from relevance_ray.generate.catalog import Catalog
-from relevance_ray.generate.index import (
-    build_pool,
-    build_search_folder,
-    part_texts,
-    plan_vector_parts,
-    read_pool,
-    write_vectors,
-)
+from relevance_ray.generate.index import Index, file_contents
 from relevance_ray.generate.options import GenerateOptions
-from relevance_ray.generate.rankings import Bm25Ranking, DenseRanking
+from relevance_ray.generate.pool import PoolFile, PoolSummary
+from relevance_ray.generate.search import CatalogSearch, SpreadSearch
 from relevance_ray.generate.shards import ShardContext, generate_shard, plan_ranges, shard_name, shard_range
 from relevance_ray.options import semantic
 from relevance_ray.progress import Progress
-from relevance_ray.storage import CommitLog, content_id, fingerprint, join, localize
+from relevance_ray.storage import CommitLog, fingerprint
 
 Embed = Callable[[list[str]], np.ndarray]
+OpenSearch = Callable[[Index], CatalogSearch]
 
 EMBEDDED_TOKENS = 64
 """What of a text the dense candidates see: product titles rarely go further, and marketing text that does is slow."""
 
 
+class PostingsWriter:
+    """The actor that indexes the words of one shard of the catalog at a time."""
+
+    def __init__(self, index: Index) -> None:
+        self._index = index
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
+        for shard in batch["shard"]:
+            self._index.build_postings(int(shard))
+        return {"shard": [int(shard) for shard in batch["shard"]]}
+
+
 class VectorWriter:
     """The actor that embeds products, one part of the vectors at a time."""
 
-    def __init__(self, options: GenerateOptions, out_dir: str) -> None:
-        self._options, self._out_dir = options, out_dir
-        self._catalog = Catalog(localize(join(out_dir, "index", "search")))
-        self._embed = open_embedder(options)
+    def __init__(self, index: Index) -> None:
+        self._index, self._embed = index, open_embedder(index.options)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
-        for part in batch["part"]:
-            texts = part_texts(self._catalog, self._options, int(part))
-            write_vectors(self._out_dir, int(part), self._embed(texts))
+        for shard, part in zip(batch["shard"], batch["part"], strict=True):
+            texts = self._index.vector_texts(int(shard), int(part))
+            self._index.write_vectors(int(shard), int(part), self._embed(texts))
         return {"part": [int(part) for part in batch["part"]]}
 
 
 class ShardWriter:
     """The actor that generates and commits one shard of groups at a time."""
 
-    def __init__(self, options: GenerateOptions, out_dir: str, key: str) -> None:
+    def __init__(self, index: Index, out_dir: str, key: str, open_search: OpenSearch) -> None:
         self._log, self._key = CommitLog(out_dir), key
-        search = localize(join(out_dir, "index", "search"))
-        pool = localize(join(out_dir, "index", "pool.arrow"))
-        vectors = localize(join(out_dir, "index", "vectors")) if options.uses_dense else None
         self._context = ShardContext(
-            options=options,
-            catalog=Catalog(search),
-            bm25=Bm25Ranking(search / "bm25"),
-            dense=DenseRanking(vectors) if vectors else None,
-            embed=open_embedder(options) if vectors else None,
-            read_pool=lambda start, stop: read_pool(pool, start, stop),
+            options=index.options,
+            catalog=index.catalog,
+            lexicon=index.lexicon,
+            search=open_search(index),
+            embed=open_embedder(index.options) if index.options.uses_dense else None,
+            read_pool=PoolFile(index.locate("pool/groups.arrow")).read,
         )
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
@@ -78,6 +82,50 @@ class ShardWriter:
             self._log.commit(shard_name(int(start), int(stop)), table, self._key, extra)
             pairs.append(len(members))
         return {"pairs": pairs}
+
+
+class SearchActor:
+    """The actor that holds some shards of the catalog for all workers."""
+
+    def __init__(self, index: Index, shards: Sequence[int]) -> None:
+        self._search = index.search(shards)
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        return getattr(self._search, method)(*arguments)
+
+
+def open_whole(index: Index) -> CatalogSearch:
+    """The whole catalog, mapped into this process."""
+    return index.search(range(index.catalog.num_shards))
+
+
+def open_spread(parts: Sequence[tuple[Sequence[int], Any]], index: Index) -> CatalogSearch:
+    """The catalog by way of search actors, each given with its shards."""
+
+    def caller(actor: Any) -> Callable[..., Any]:
+        return lambda method, *arguments: actor.call.remote(method, *arguments).future()
+
+    return SpreadSearch([(shards, caller(actor)) for shards, actor in parts], index.catalog.starts)
+
+
+@contextlib.contextmanager
+def spread(index: Index, num_actors: int) -> Iterator[OpenSearch]:
+    """How workers search: in their own process, or, with `num_actors`, in actors that share the catalog's shards."""
+    import ray
+
+    size = min(num_actors, index.catalog.num_shards)
+    if size == 0:
+        yield open_whole
+        return
+    # An actor that dies with its node is started on another, and what was asked of it is asked again.
+    remote = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=-1)(SearchActor)
+    shares = [range(first, index.catalog.num_shards, size) for first in range(size)]
+    actors = [remote.remote(index, list(shards)) for shards in shares]
+    try:
+        yield partial(open_spread, list(zip(shares, actors, strict=True)))
+    finally:
+        for actor in actors:
+            ray.kill(actor)
 
 
 def open_embedder(options: GenerateOptions) -> Embed:
@@ -97,6 +145,7 @@ def generate(
     out_dir: str,
     *,
     num_workers: int = 1,
+    search_actors: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Generate the groups of a run into `out_dir`; ray must be initialised, and the caller hold the lease on the root.
@@ -104,7 +153,9 @@ def generate(
     Args:
         options: what to generate. A folder holds what one set of semantic options makes from one prepared folder.
         prepared_dir: what the prepare step wrote; local or s3://, as is `out_dir`.
-        num_workers: actors, of one CPU each, that embed products and generate shards.
+        num_workers: actors, of one CPU each, that index and embed products and generate shards.
+        search_actors: actors, of one CPU each, that hold the catalog's shards between them; 0: every worker maps the
+            whole catalog.
         progress: counts pairs.
 
     Returns:
@@ -118,35 +169,35 @@ def generate(
     progress = progress or Progress("generate", unit="pairs")
     log = CommitLog(out_dir)
     log.sweep()
-    key = fingerprint(semantic(options), content_id(options.pairs_file) if options.pairs_file else "")
+    key = fingerprint(semantic(options), file_contents(options))
     strangers = sorted(name for name, record in log.committed().items() if record["fingerprint"] != key)
     if strangers:
         raise UserError(
             f"{out_dir} holds shards made with other options ({strangers[0]}); generate into another folder"
         )
-    progress.update(stage="index")
-    build_search_folder(prepared_dir, out_dir)
-    catalog = Catalog(localize(join(out_dir, "index", "search")))
+    index = Index(options, prepared_dir, out_dir)
+    index.sweep()
+    progress.update(stage="catalog")
+    index.build_catalog()
+    postings = [{"shard": shard} for shard in index.missing_postings()]
+    _run_stage(progress, "words", postings, PostingsWriter, index, num_workers)
+    index.build_lexicon()
     progress.update(stage="queries")
-    pool, num_pairs, counts = build_pool(options, prepared_dir, out_dir, catalog)
-    parts = plan_vector_parts(catalog, options, out_dir) if options.uses_dense else []
-    ranges = [shard_range(name) for name in log.committed()]
-    missing = plan_ranges(pool.num_rows, options.groups_per_shard, ranges)
-    if missing and parts:
-        progress.update(stage=f"vectors 0/{len(parts)}")
-        done = _run([{"part": part} for part in parts], VectorWriter, (options, out_dir), num_workers)
-        for count, _ in enumerate(done, start=1):
-            progress.update(stage=f"vectors {count}/{len(parts)}")
-    names = _names(log, pool.num_rows)
-    there = sum(log.committed()[name]["pairs"] for name in names)
-    progress.restart(there)
-    progress.update(total=num_pairs, stage="groups")
+    pool = index.build_pool()
+    committed = log.committed()
+    missing = plan_ranges(pool.groups, options.groups_per_shard, map(shard_range, committed))
+    if missing and options.uses_dense:
+        parts = [{"shard": shard, "part": part} for shard, part in index.missing_vectors()]
+        _run_stage(progress, "vectors", parts, VectorWriter, index, num_workers)
+    there = [record["pairs"] for name, record in committed.items() if shard_range(name)[0] < pool.groups]
+    progress.restart(sum(there))
+    progress.update(total=pool.pairs, stage="groups")
     if missing:
         rows = [{"start": start, "stop": stop} for start, stop in missing]
-        for row in _run(rows, ShardWriter, (options, out_dir, key), num_workers):
-            progress.advance(int(row["pairs"]))
-    left_out = {"repeats": counts.repeats, "leaks": counts.leaks}
-    summary = _summary(log, pool["query_source"].to_pylist(), len(names), left_out)
+        with spread(index, search_actors) as open_search:
+            for row in _run(rows, ShardWriter, (index, out_dir, key, open_search), num_workers, search_actors):
+                progress.advance(int(row["pairs"]))
+    summary = _summary(log, pool, len(there))
     if abs(summary["pairs"] - options.num_pairs) > 0.01 * options.num_pairs:
         raise UserError(
             f"generate.num_pairs {options.num_pairs:,} ends within a shard that an earlier, larger run wrote to {out_dir}; "
@@ -155,14 +206,25 @@ def generate(
     return summary
 
 
+def _run_stage(
+    progress: Progress, stage: str, items: Sequence[Mapping[str, int]], actor: type, index: Index, num_workers: int
+) -> None:
+    """Make what the index lacks of one kind, counted on the live line."""
+    if not items:
+        return
+    progress.update(stage=f"{stage} 0/{len(items)}")
+    for count, _ in enumerate(_run(items, actor, (index,), num_workers), start=1):
+        progress.update(stage=f"{stage} {count}/{len(items)}")
+
+
 def _run(
-    items: Sequence[Mapping[str, int]], actor: type, arguments: tuple[Any, ...], num_workers: int
+    items: Sequence[Mapping[str, int]], actor: type, arguments: tuple[Any, ...], num_workers: int, taken_cpus: int = 0
 ) -> Iterator[Mapping[str, Any]]:
     """The items through a pool of actors, in any order. No more actors than CPUs: a pool that waits for actors which no
     node can hold would never start."""
     import ray
 
-    cpus = int(ray.cluster_resources().get("CPU", 1))
+    cpus = int(ray.cluster_resources().get("CPU", 1)) - taken_cpus
     size = max(1, min(num_workers, cpus, len(items)))
     dataset = ray.data.from_items(list(items), override_num_blocks=min(len(items), 1000)).map_batches(
         actor,
@@ -174,25 +236,17 @@ def _run(
     yield from dataset.iter_rows()
 
 
-def _names(log: CommitLog, num_groups: int) -> list[str]:
-    """Committed shards that hold groups below `num_groups`, in order."""
-    return [name for name in log.committed() if shard_range(name)[0] < num_groups]
-
-
-def _summary(
-    log: CommitLog, sources: Sequence[str], num_skipped: int, left_out: Mapping[str, Mapping[str, int]]
-) -> dict[str, Any]:
-    names = _names(log, len(sources))
-    records = [log.committed()[name] for name in names]
+def _summary(log: CommitLog, pool: PoolSummary, num_skipped: int) -> dict[str, Any]:
+    used = {name: record for name, record in log.committed().items() if shard_range(name)[0] < pool.groups}
     origins: Counter[str] = Counter()
-    for record in records:
+    for record in used.values():
         origins.update(record["origins"])
     return {
-        "groups": sum(record["rows"] for record in records),
-        "pairs": sum(record["pairs"] for record in records),
-        "shards": names,
+        "groups": sum(record["rows"] for record in used.values()),
+        "pairs": sum(record["pairs"] for record in used.values()),
+        "shards": list(used),
         "skipped": num_skipped,
-        "sources": dict(Counter(sources)),
+        "sources": pool.sources,
         "origins": dict(sorted(origins.items())),
-        "left_out": {reason: dict(found) for reason, found in left_out.items()},
+        "left_out": pool.left_out,
     }

@@ -1,8 +1,7 @@
-"""The pool of queries: from a log, from titles, from a file of the shop's own pairs.
+"""Queries to label products for: from a log, from titles, from a file of the shop's own pairs, mixed into one stream.
 
-The pool is one endless-looking stream, a pure function of the options and the prepared data, of which a run takes the
-head that its `num_pairs` needs. So a larger run repeats a smaller one and adds to it. The trade-off: one process walks
-the stream from its start each time (some ten thousand queries a second), and remembers what it has seen.
+The stream looks endless and is a pure function of the options and the prepared data; a run takes the head that its
+`num_pairs` needs. So a larger run repeats a smaller one and adds to it.
 """
 
 from __future__ import annotations
@@ -12,45 +11,40 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
+import numpy as np
 import pyarrow as pa
 
 from relevance_ray.data.splits import LeakGuard
 from relevance_ray.errors import UserError
-from relevance_ray.generate.options import GenerateOptions
-from relevance_ray.generate.titles import MAX_ROUNDS, TitleProduct, count_title_words, cut_query, draws
+from relevance_ray.generate.keys import KeySet
+from relevance_ray.generate.options import BANDS, GenerateOptions
+from relevance_ray.generate.stable import hash_seed, shuffled
+from relevance_ray.generate.titles import MAX_ROUNDS, TitleProduct, cut_query, draws
 from relevance_ray.row_files import RowReader
 from relevance_ray.schema import normalize_query
 from relevance_ray.storage import is_remote, localize
 
-POOL = pa.schema(
-    [
-        pa.field("query", pa.string(), nullable=False),
-        pa.field("query_source", pa.string(), nullable=False),
-        pa.field("locale", pa.string()),
-        pa.field("anchor", pa.int64()),
-        pa.field("rows", pa.list_(pa.int64())),
-        pa.field("ranks", pa.list_(pa.int32())),
-    ]
-)
-"""One row a group. `anchor`: catalog row of the product whose title the query was cut from. `rows` and `ranks`: the
-products that a pairs file gives; null where candidates are to be found."""
-
+_TITLES_AT_ONCE = 2000
 _WORD = re.compile(r"\w+")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class PoolQuery:
-    """A query of the pool; `parts` are the groups of a pairs file's query, each a list of (catalog row, rank)."""
+    """A query of the pool; `parts` are the groups of a pairs file's query, each a list of (catalog row, rank), and
+    `engine_rows` the catalog rows that the shop's own engine found, best first."""
 
     query: str
     source: str
     locale: str | None = None
     anchor: int | None = None
     parts: tuple[tuple[tuple[int, int], ...], ...] = ()
+    engine_rows: tuple[int, ...] = ()
 
 
 @dataclass
@@ -67,52 +61,103 @@ def query_key(query: str) -> str:
     return " ".join(sorted(_WORD.findall(normal))) or normal
 
 
-def log_queries(log: pa.Table, seed: int, frequency_power: float) -> Iterator[PoolQuery]:
-    """The log in a seeded order in which a query's chance to come early grows with `frequency ** frequency_power`.
+def log_queries(log: pa.Table, seed: int, frequency_power: float, bands: Mapping[str, float]) -> Iterator[PoolQuery]:
+    """The log's queries, its bands interleaved by their weights; a band that runs out leaves its turns to the others.
 
-    Weighted sampling without replacement by exponential keys (Efraimidis and Spirakis, 2006): a query's place depends
-    on nothing but the seed, itself and its frequency.
+    Within a band the order is seeded, and a query's chance to come early grows with `frequency ** frequency_power`:
+    weighted sampling without replacement by exponential keys (Efraimidis and Spirakis, 2006), so that a query's place
+    depends on nothing but the seed, itself and its frequency.
     """
-    keyed = []
-    for index, (query, frequency) in enumerate(
-        zip(log["query"].to_pylist(), log["frequency"].to_pylist(), strict=True)
-    ):
-        uniform = (draws(seed, "log", normalize_query(query))[0] + 0.5) / 2**32
-        keyed.append((-math.log(uniform) / max(frequency, 1) ** frequency_power, index))
-    locales = log["locale"].to_pylist()
-    queries = log["query"].to_pylist()
-    for _, index in sorted(keyed):
-        yield PoolQuery(queries[index], "log", locales[index])
+    queries, locales = log["query"].to_pylist(), log["locale"].to_pylist()
+    frequencies = np.maximum(log["frequency"].to_numpy(), 1)
+    keys = [
+        -math.log((draws(seed, "log", normalize_query(query))[0] + 0.5) / 2**32) / frequency**frequency_power
+        for query, frequency in zip(queries, frequencies.tolist(), strict=True)
+    ]
+    order = np.argsort(keys, kind="stable")
+    band = log_bands(frequencies)[order] if bands else np.zeros(len(order), dtype=np.int64)
+    members = [order[band == number] for number in range(len(BANDS))]
+    weights = [bands.get(name, 0.0) for name in BANDS] if bands else [1.0] * len(BANDS)
+    streams = [(weight, iter(rows.tolist())) for weight, rows in zip(weights, members, strict=True) if weight]
+    for row in interleave(streams):
+        yield PoolQuery(queries[row], "log", locales[row])
+
+
+def log_bands(frequencies: np.ndarray) -> np.ndarray:
+    """For frequencies [n] the band of each query, int64 [n]: 0 (head) for the most frequent ones that make up the first
+    third of all searches, 1 (torso) the second third, 2 (tail) the last. Equally frequent queries share a band."""
+    values, counts = np.unique(frequencies, return_counts=True)
+    values, counts = values[::-1], counts[::-1]
+    before = np.cumsum(values * counts) - values * counts  # searches of more frequent queries
+    band = np.minimum(before * 3 // max(int(frequencies.sum()), 1), 2)
+    return band[np.searchsorted(-values, -frequencies)]
+
+
+def interleave(streams: Sequence[tuple[float, Iterator[T]]]) -> Iterator[T]:
+    """Items of (weight, items) in proportion to the weights, until all have run out."""
+    heap = [(0.5 / weight, index, 0) for index, (weight, _) in enumerate(streams)]
+    heapq.heapify(heap)
+    while heap:
+        _, index, num_taken = heapq.heappop(heap)
+        weight, items = streams[index]
+        for item in itertools.islice(items, 1):
+            heapq.heappush(heap, ((num_taken + 1.5) / weight, index, num_taken + 1))
+            yield item
 
 
 def title_queries(
-    products: Sequence[TitleProduct], locales: Sequence[str | None], options: GenerateOptions
+    keys: np.ndarray,
+    read: Callable[[np.ndarray], Sequence[tuple[TitleProduct, str | None]]],
+    is_shared: Callable[[str], bool],
+    options: GenerateOptions,
 ) -> Iterator[PoolQuery]:
-    """Cuts of every title in a seeded order, then second cuts of every title, and so on for `MAX_ROUNDS` rounds."""
-    counts = count_title_words(product.title for product in products)
+    """Cuts of every title in a seeded order, then second cuts of every title, and so on for `MAX_ROUNDS` rounds.
+
+    Args:
+        keys: uint64 [products], what the order is drawn by.
+        read: the products of catalog rows, with their locales.
+        is_shared: whether a word stands in more than one product.
+        options: the seed and the lengths of queries.
+    """
     for round_index in range(MAX_ROUNDS):
-        keys = [draws(options.seed, "order", round_index, product.product_id)[0] for product in products]
-        for row in sorted(range(len(products)), key=keys.__getitem__):
-            query = cut_query(
-                products[row],
-                counts,
-                seed=options.seed,
-                round_index=round_index,
-                min_words=options.min_title_words,
-                max_words=options.max_title_words,
-            )
-            if query is not None:
-                yield PoolQuery(query, "titles", locales[row], anchor=row)
+        order = shuffled(np.asarray(keys), hash_seed(options.seed, "titles", str(round_index)))
+        for start in range(0, len(order), _TITLES_AT_ONCE):
+            rows = order[start : start + _TITLES_AT_ONCE]
+            for row, (product, locale) in zip(rows.tolist(), read(rows), strict=True):
+                query = cut_query(
+                    product,
+                    is_shared,
+                    seed=options.seed,
+                    round_index=round_index,
+                    min_words=options.min_title_words,
+                    max_words=options.max_title_words,
+                )
+                if query is not None:
+                    yield PoolQuery(query, "titles", locale, anchor=row)
 
 
 def file_queries(path: str, product_ids: Sequence[str], options: GenerateOptions) -> Iterator[PoolQuery]:
     """The shop's own pairs, a query at a time in seeded order.
 
-    Columns `query`, `product_id` and, if present, `rank` (1 is best; else the order in the file). No pair is lost: a
-    query with more than `candidates_per_query` products makes several groups, each of which spans all ranks.
+    No pair is lost: a query with more than `candidates_per_query` products makes several groups, each of which spans all
+    ranks. Raises what `read_pairs` raises.
+    """
+    pairs = read_pairs(path, product_ids, "generate.pairs_file")
+    for key in sorted(pairs, key=lambda key: draws(options.seed, "file", key)[0]):
+        query, ranked = pairs[key]
+        num_parts = -(-len(ranked) // options.candidates_per_query)
+        parts = tuple(tuple(ranked[part::num_parts]) for part in range(num_parts))
+        yield PoolQuery(query, "file", parts=parts)
+
+
+def read_pairs(path: str, product_ids: Sequence[str], key: str) -> dict[str, tuple[str, list[tuple[int, int]]]]:
+    """Normalised query -> its first spelling and (catalog row, rank), best rank first.
+
+    Columns `query`, `product_id` and, if present, `rank` (1 is best; else the order in the file).
 
     Raises:
-        UserError: no such file, a missing column, an empty query, a product that is not in the catalog, a bad rank.
+        UserError: no such file, a missing column, an empty query, a product that is not in the catalog, a bad rank; the
+            sentence begins with `key`, where the file is configured.
     """
     reader = RowReader(localize(path) if is_remote(path) else Path(path))
     row_of = {product_id: row for row, product_id in enumerate(product_ids)}
@@ -120,26 +165,24 @@ def file_queries(path: str, product_ids: Sequence[str], options: GenerateOptions
     spelling: dict[str, str] = {}
     for batch in reader.batches(10_000):
         for number, cells in enumerate(batch.rows, start=batch.first_row):
-            where = f"generate.pairs_file {path}, row {number}"
+            where = f"{key} {path}, row {number}"
             for column in ("query", "product_id"):
                 if cells.get(column) is None:
                     raise UserError(f"{where}: no {column}; every row needs query and product_id")
             query, product_id = str(cells["query"]), str(cells["product_id"])
-            key = normalize_query(query)
-            if not key:
+            normal = normalize_query(query)
+            if not normal:
                 raise UserError(f"{where}: the query is empty; fill it in or drop the row")
             if product_id not in row_of:
                 raise UserError(f"{where}: product {product_id!r} is not in the catalog; add it or drop the row")
-            spelling.setdefault(key, query)
-            found = pairs.setdefault(key, {})
+            spelling.setdefault(normal, query)
+            found = pairs.setdefault(normal, {})
             found.setdefault(row_of[product_id], _rank(cells.get("rank"), len(found) + 1, where))
     if not pairs:
-        raise UserError(f"generate.pairs_file {path} has no row; give it at least one (query, product_id)")
-    for key in sorted(pairs, key=lambda key: draws(options.seed, "file", key)[0]):
-        ranked = sorted(pairs[key].items(), key=lambda pair: pair[1])
-        num_parts = -(-len(ranked) // options.candidates_per_query)
-        parts = tuple(tuple(ranked[part::num_parts]) for part in range(num_parts))
-        yield PoolQuery(spelling[key], "file", parts=parts)
+        raise UserError(f"{key} {path} has no row; give it at least one (query, product_id)")
+    return {
+        normal: (spelling[normal], sorted(found.items(), key=lambda pair: pair[1])) for normal, found in pairs.items()
+    }
 
 
 def _rank(value: object, default: int, where: str) -> int:
@@ -162,96 +205,31 @@ def mix(
     Of two queries with the same words the first one stays; queries of a pairs file, whose products would be lost, go
     before all others.
     """
-    iterators = [iter(queries) for _, queries in sources]
-    seen: set[str] = set()
-    for index, iterator in enumerate(iterators):
+    seen = KeySet()
+    streams: list[tuple[float, Iterator[PoolQuery]]] = []
+    for weight, queries in sources:
+        iterator = iter(queries)
         first = next(iterator, None)
-        if first is not None and first.source == "file":
-            own = [first, *iterator]
-            seen.update(query_key(query.query) for query in own)
-            iterators[index] = iter(own)
-        elif first is not None:
-            iterators[index] = itertools.chain([first], iterator)
-    heap = [(0.5 / weight, index, 0) for index, (weight, _) in enumerate(sources)]
-    heapq.heapify(heap)
-    while heap:
-        _, index, num_taken = heapq.heappop(heap)
-        query = _next_new(iterators[index], seen, guard, counts)
-        if query is not None:
-            heapq.heappush(heap, ((num_taken + 1.5) / sources[index][0], index, num_taken + 1))
-            yield query
-
-
-def _next_new(iterator: Iterator[PoolQuery], seen: set[str], guard: LeakGuard, counts: PoolCounts) -> PoolQuery | None:
-    for query in iterator:
-        key = query_key(query.query)
-        if query.source != "file":
-            if not key or key in seen:
-                counts.repeats[query.source] += 1
-                continue
-            seen.add(key)
-        if guard.is_leak(query.query):
-            counts.leaks[query.source] += 1
+        if first is None:
             continue
-        return query
-    return None
+        own = itertools.chain([first], iterator)
+        if first.source == "file":
+            pairs = list(own)
+            for query in pairs:
+                seen.add(query_key(query.query))
+            own = itertools.chain(pairs)
+        streams.append((weight, _without_known(own, seen, guard, counts)))
+    yield from interleave(streams)
 
 
-def take_pool(stream: Iterable[PoolQuery], num_pairs: int, group_size: int, counts: PoolCounts) -> tuple[pa.Table, int]:
-    """The head of the stream whose groups hold `num_pairs` pairs within 1%.
-
-    Args:
-        stream: what `mix` gives.
-        num_pairs: how many pairs are wanted.
-        group_size: products of each group that brings none of its own.
-        counts: filled by the stream while it is read; named in the error.
-
-    Returns:
-        A POOL table, one row a group, and the number of pairs.
-
-    Raises:
-        UserError: the stream holds fewer, or whole groups do not come within 1%: the sentence says what can be had.
-    """
-    rows: list[tuple[PoolQuery, tuple[tuple[int, int], ...] | None]] = []
-    total = before = 0
-    for query in stream:
-        for part in query.parts or (None,):
-            rows.append((query, part))
-            before, total = total, total + (group_size if part is None else len(part))
-            if total >= num_pairs:
-                break
-        if total >= num_pairs:
-            break
-    if total >= num_pairs and before and num_pairs - before < total - num_pairs:
-        rows.pop()
-        total, before = before, total
-    if abs(total - num_pairs) > 0.01 * num_pairs:
-        if max(total, before) < num_pairs:
-            left_out = (
-                f"{counts.repeats.total():,} repeats and {counts.leaks.total():,} near-duplicates of held-out queries"
-            )
-            raise UserError(
-                f"generate.num_pairs {num_pairs:,} cannot be met: the sources hold {len(rows):,} groups with {total:,} "
-                f"pairs ({left_out} left out); lower generate.num_pairs to {total}, raise "
-                f"generate.candidates_per_query or add to generate.source"
-            )
-        choices = " or ".join(str(count) for count in sorted({before, total}) if count)
-        raise UserError(
-            f"generate.num_pairs {num_pairs:,} cannot be met within 1% by whole groups of "
-            f"{group_size}; set it to {choices}"
-        )
-    return _pool_table(rows), total
-
-
-def _pool_table(rows: list[tuple[PoolQuery, tuple[tuple[int, int], ...] | None]]) -> pa.Table:
-    return pa.table(
-        {
-            "query": [query.query for query, _ in rows],
-            "query_source": [query.source for query, _ in rows],
-            "locale": [query.locale for query, _ in rows],
-            "anchor": [query.anchor for query, _ in rows],
-            "rows": [None if part is None else [row for row, _ in part] for _, part in rows],
-            "ranks": [None if part is None else [rank for _, rank in part] for _, part in rows],
-        },
-        schema=POOL,
-    )
+def _without_known(
+    queries: Iterator[PoolQuery], seen: KeySet, guard: LeakGuard, counts: PoolCounts
+) -> Iterator[PoolQuery]:
+    for query in queries:
+        key = query_key(query.query)
+        if query.source != "file" and not (key and seen.add(key)):
+            counts.repeats[query.source] += 1
+        elif guard.is_leak(query.query):
+            counts.leaks[query.source] += 1
+        else:
+            yield query

@@ -15,8 +15,9 @@ import pyarrow as pa
 
 from relevance_ray.generate.candidates import Origin, choose, query_seed, scale_quotas
 from relevance_ray.generate.catalog import Catalog
+from relevance_ray.generate.lexical import Lexicon
 from relevance_ray.generate.options import GenerateOptions
-from relevance_ray.generate.rankings import Bm25Ranking, DenseRanking
+from relevance_ray.generate.search import CatalogSearch
 from relevance_ray.schema import FIELDS, GROUP, ORIGIN, pair_id, query_id
 
 Range = tuple[int, int]
@@ -53,72 +54,61 @@ class ShardContext:
 
     Attributes:
         options: what was asked for.
-        catalog: the products.
-        bm25: the lexical ranking.
-        dense: the dense ranking, or None where no quota asks for it.
-        embed: texts to normalised float32 [n, d], for the queries; None where `dense` is.
+        catalog: what is known of all products.
+        lexicon: the word counts of the whole catalog.
+        search: the catalog's shards.
+        embed: texts to normalised float32 [n, d], for the queries; None where no quota asks for dense candidates.
         read_pool: the POOL rows of a range.
     """
 
     options: GenerateOptions
     catalog: Catalog
-    bm25: Bm25Ranking
-    dense: DenseRanking | None
+    lexicon: Lexicon
+    search: CatalogSearch
     embed: Callable[[list[str]], np.ndarray] | None
     read_pool: Callable[[int, int], pa.Table]
 
 
 def generate_shard(context: ShardContext, start: int, stop: int) -> pa.Table:
     """The groups [start, stop) of the pool: a GROUP table with `stop - start` rows."""
+    options = context.options
     pool = context.read_pool(start, stop).to_pylist()
     assert len(pool) == stop - start
-    searched = [index for index, entry in enumerate(pool) if entry["rows"] is None]
-    dense = _dense_tops(context, {start + index: pool[index]["query"] for index in searched})
-    quotas = scale_quotas(context.options.quotas, context.options.candidates_per_query)
+    rankings = iter(_rankings(context, [entry["query"] for entry in pool if entry["rows"] is None]))
+    quotas = scale_quotas(options.quotas, options.candidates_per_query)
+    first, last = options.middle_ranks
     chosen: list[list[tuple[int, list[Origin]]]] = []
-    for index, entry in enumerate(pool):
+    for entry in pool:
         if entry["rows"] is not None:
             own = zip(entry["rows"], entry["ranks"], strict=True)
             chosen.append([(row, [("file", rank)]) for row, rank in own])
             continue
-        rankings = {"bm25": context.bm25.top(entry["query"], _depth(context.options))}
-        if dense:
-            rankings["dense"] = dense[start + index]
-        seed = query_seed(context.options.seed, entry["query"])
-        first, last = context.options.middle_ranks
-        chosen.append(choose(context.catalog, rankings, quotas, (first, last), entry["anchor"], seed))
-    return _group_table(context.catalog, pool, chosen)
+        ranked = next(rankings)
+        if "engine" in quotas:
+            ranked["engine"] = np.asarray(entry["engine_rows"] or [], dtype=np.int64)
+        seed = query_seed(options.seed, entry["query"])
+        chosen.append(choose(context.catalog, ranked, quotas, (first, last), entry["anchor"], seed))
+    return _group_table(context.search, pool, chosen)
 
 
-def _depth(options: GenerateOptions) -> int:
-    return max(options.middle_ranks[1], 4 * options.candidates_per_query)
-
-
-def _dense_tops(context: ShardContext, queries: dict[int, str]) -> dict[int, np.ndarray]:
-    """Dense rankings by group number.
-
-    A float's last bits depend on what it is computed next to, and could flip two ranks. So each query is embedded by
-    itself, and stands in the product of matrices at the place it has in its whole shard, whichever part of that is
-    being computed.
-    """
-    if context.dense is None or context.embed is None or not queries:
-        return {}
-    width = context.options.groups_per_shard
-    vectors = {group: context.embed([query])[0] for group, query in queries.items()}
-    out: dict[int, np.ndarray] = {}
-    for shard in sorted({group // width for group in queries}):
-        members = [group for group in queries if group // width == shard]
-        block = np.zeros((width, len(vectors[members[0]])), dtype=np.float32)
-        for group in members:
-            block[group % width] = vectors[group]
-        tops = context.dense.top(block, _depth(context.options))
-        out.update((group, tops[group % width]) for group in members)
+def _rankings(context: ShardContext, queries: list[str]) -> list[dict[str, np.ndarray]]:
+    """For each query its rankings by name: catalog rows, best first."""
+    if not queries:
+        return []
+    depth = max(context.options.middle_ranks[1], 4 * context.options.candidates_per_query)
+    lexical = context.search.lexical([context.lexicon.query(query) for query in queries], depth)
+    out = [{"bm25": top.rows} for top in lexical]
+    if context.embed is not None:
+        # Each by itself: the last bits of a vector hang on what it is computed next to, and could flip two ranks.
+        vectors = np.concatenate([context.embed([query]) for query in queries])
+        for rankings, top in zip(out, context.search.dense(vectors, depth), strict=True):
+            rankings["dense"] = top.rows
     return out
 
 
-def _group_table(catalog: Catalog, pool: list[dict], chosen: list[list[tuple[int, list[Origin]]]]) -> pa.Table:
+def _group_table(search: CatalogSearch, pool: list[dict], chosen: list[list[tuple[int, list[Origin]]]]) -> pa.Table:
     flat = [candidate for group in chosen for candidate in group]
-    products = catalog.take(np.asarray([row for row, _ in flat], dtype=np.int64))
+    products = search.products(np.asarray([row for row, _ in flat], dtype=np.int64))
     product_ids = products["product_id"].to_pylist()
     locales = products["locale"].to_pylist()
     queries = [entry["query"] for entry, group in zip(pool, chosen, strict=True) for _ in group]

@@ -10,16 +10,24 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from relevance_ray.schema import normalize_query
+from relevance_ray.tokens import SPACELESS
 
 MAX_ROUNDS = 16
 """Cuts tried per title. Later rounds of one title repeat earlier queries more and more."""
 
-_WORD = re.compile(r"[^\W_]+(?:['’.\-/&][^\W_]+)*")
+_WORD = re.compile(
+    rf"[^\W_{SPACELESS}]+(?:['’.\-/&][^\W_{SPACELESS}]+)*"
+    r"|[\u30a0-\u30ff\u31f0-\u31ff]+|[\u3040-\u309f]+|[\u3005-\u3007\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+"
+    r"|[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]+"
+)
+"""Words with spaces between them; without spaces, runs of one script: where Japanese changes from Kanji to Katakana to
+Hiragana, a word mostly ends."""
+
+_PARTICLE_CHARS = 2
 _FUNCTION_WORDS = frozenset(
     "a an and at by de des du et for from in la le les mit of on or par per pour so the to und von with w".split()  # noqa: SIM905
 )
@@ -51,17 +59,9 @@ def words(text: str | None) -> list[str]:
     return [word for word in _WORD.findall(normalize_query(text or "")) if len(word) <= _MAX_WORD_CHARS]
 
 
-def count_title_words(titles: Iterable[str]) -> Counter[str]:
-    """In how many titles each word occurs."""
-    counts: Counter[str] = Counter()
-    for title in titles:
-        counts.update(set(words(title)))
-    return counts
-
-
 def cut_query(
     product: TitleProduct,
-    title_counts: Mapping[str, int],
+    is_shared: Callable[[str], bool],
     *,
     seed: int,
     round_index: int,
@@ -70,8 +70,8 @@ def cut_query(
 ) -> str | None:
     """One query from a product, or None where its title gives none of `min_words` to `max_words` words.
 
-    Four styles by a hash of (seed, round, product id): leading words (35%), a stretch (25%), scattered words that occur
-    in other titles too (25%), the last part of the category with a property (15%).
+    Four styles by a hash of (seed, round, product id): leading words (35%), a stretch (25%), scattered words that
+    `is_shared` finds in other products too (25%), the last part of the category with a property (15%).
     """
     style, length, start, pick, extra, *_ = draws(seed, "title", round_index, product.product_id)
     pool = words(product.title)[:_FIRST_WORDS]
@@ -85,7 +85,7 @@ def cut_query(
     if share >= 0.85:
         cut = _category_with_property(product, pool, pick, extra)[:max_words]
     elif share >= 0.60:
-        known = [word for word in pool if title_counts.get(word, 0) > 1]
+        known = [word for word in pool if is_shared(word)]
         cut = _scattered(known, num_words, pick)
     elif share >= 0.35:
         first = start % max(1, len(pool) - num_words + 1)
@@ -115,8 +115,12 @@ def _category_with_property(product: TitleProduct, pool: list[str], pick: int, e
 def _trim(cut: list[str]) -> list[str]:
     """Without function words at either end and without a word said twice running."""
     out = [word for i, word in enumerate(cut) if i == 0 or word != cut[i - 1]]
-    while out and out[-1] in _FUNCTION_WORDS:
+    while out and _says_nothing(out[-1]):
         out.pop()
-    while out and out[0] in _FUNCTION_WORDS:
+    while out and _says_nothing(out[0]):
         out.pop(0)
     return out
+
+
+def _says_nothing(word: str) -> bool:
+    return word in _FUNCTION_WORDS or (len(word) <= _PARTICLE_CHARS and "\u3040" <= word[0] <= "\u309f")
