@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from relevance_ray.errors import UserError
+from relevance_ray.generate.arrays import mapped
 from relevance_ray.schema import DESCRIPTION_CHARS, FIELDS
 
 COLUMNS = ["product_id", "locale", *(field.name for field in FIELDS)]
@@ -78,15 +79,15 @@ class Catalog:
     def __init__(self, folder: Path) -> None:
         self.starts = np.load(folder / "starts.npy")
         self.num_products = int(self.starts[-1])
-        self.text_ids = np.load(folder / "text_ids.npy", mmap_mode="r")
+        self.text_ids = mapped(folder / "text_ids.npy")
         self.num_distinct = int(json.loads((folder / "catalog.json").read_text())["num_distinct"])
         self.keys = self.text_ids.view(np.uint64)
-        self.ring = np.load(folder / "ring.npy", mmap_mode="r")
-        self.ring_keys = np.load(folder / "ring_keys.npy", mmap_mode="r")
-        self.brands = np.load(folder / "brands.npy", mmap_mode="r")
-        self.categories = np.load(folder / "categories.npy", mmap_mode="r")
-        self._by_category = np.load(folder / "by_category.npy", mmap_mode="r")
-        self._category_starts = np.load(folder / "category_starts.npy", mmap_mode="r")
+        self.ring = mapped(folder / "ring.npy")
+        self.ring_keys = mapped(folder / "ring_keys.npy")
+        self.brands = mapped(folder / "brands.npy")
+        self.categories = mapped(folder / "categories.npy")
+        self._by_category = mapped(folder / "by_category.npy")
+        self._category_starts = mapped(folder / "category_starts.npy")
 
     @property
     def num_shards(self) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from relevance_ray.generate.arrays import mapped
 from relevance_ray.generate.stable import mix
 from relevance_ray.generate.tops import NOTHING, Top, best
 
@@ -29,8 +30,8 @@ class Vectors:
     """One shard's vectors: `part-*.npy` float32 [n, d], normalised, and `rows.npy` int64, the catalog row of each."""
 
     def __init__(self, folder: Path) -> None:
-        self._parts = [np.load(path, mmap_mode="r") for path in sorted(folder.glob("part-*.npy"))]
-        self._rows = np.load(folder / "rows.npy", mmap_mode="r")
+        self._parts = [mapped(path) for path in sorted(folder.glob("part-*.npy"))]
+        self._rows = mapped(folder / "rows.npy")
         assert sum(len(part) for part in self._parts) == len(self._rows)
 
     def top(self, query_vectors: np.ndarray, depth: int) -> list[Top]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import io
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -25,6 +24,7 @@ import numpy as np
 
 from relevance_ray.data.prepare import iter_products, read_judged, read_queries
 from relevance_ray.data.splits import LeakGuard
+from relevance_ray.generate.arrays import npy_bytes
 from relevance_ray.generate.catalog import COLUMNS, Catalog, ProductFile, build_catalog, products_file, search_text
 from relevance_ray.generate.dense import VECTORS_PER_PART, part_name, sample_rows
 from relevance_ray.generate.lexical import Lexicon, build_lexicon, index_words, word_hash
@@ -167,7 +167,7 @@ class Index:
             folder = join(self.root, "vectors", f"{shard:05d}")
             there = set(listdir(folder))
             if "rows.npy" not in there:
-                write_bytes(join(folder, "rows.npy"), _npy(inside))
+                write_bytes(join(folder, "rows.npy"), npy_bytes(inside))
             num_parts = -(-len(inside) // VECTORS_PER_PART)
             missing += [(shard, part) for part in range(num_parts) if part_name(part) not in there]
         return missing
@@ -181,7 +181,7 @@ class Index:
 
     def write_vectors(self, shard: int, part: int, vectors: np.ndarray) -> None:
         path = join(self.root, "vectors", f"{shard:05d}", part_name(part))
-        write_bytes(path, _npy(vectors.astype(np.float32)))
+        write_bytes(path, npy_bytes(vectors.astype(np.float32)))
 
     def search(self, shards: Sequence[int]) -> ShardSearch:
         """Some shards, mapped into this process."""
@@ -270,9 +270,3 @@ def _shared_words(lexicon: Lexicon) -> Any:
         return known[word]
 
     return is_shared
-
-
-def _npy(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    return buffer.getvalue()

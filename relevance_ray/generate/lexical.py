@@ -21,6 +21,7 @@ import bm25s.stopwords
 import numpy as np
 
 from relevance_ray.errors import UserError
+from relevance_ray.generate.arrays import mapped
 from relevance_ray.generate.options import STOPWORDS
 from relevance_ray.generate.tops import NOTHING, Top, best
 from relevance_ray.tokens import words
@@ -114,8 +115,8 @@ class Lexicon:
     def __init__(self, folder: Path) -> None:
         about = json.loads((folder / "lexicon.json").read_text())
         self.num_products, self.mean_length = int(about["num_products"]), float(about["mean_length"])
-        self._words = np.load(folder / "words.npy", mmap_mode="r")
-        self._frequencies = np.load(folder / "frequencies.npy", mmap_mode="r")
+        self._words = mapped(folder / "words.npy")
+        self._frequencies = mapped(folder / "frequencies.npy")
 
     def frequencies(self, hashes: Sequence[int]) -> list[int]:
         """In how many products the words of these hashes stand."""
@@ -148,10 +149,10 @@ class Postings:
     """
 
     def __init__(self, folder: Path, first_row: int, keys: np.ndarray, mean_length: float) -> None:
-        self._words = np.load(folder / "words.npy", mmap_mode="r")
-        self._starts = np.load(folder / "starts.npy", mmap_mode="r")
-        self._rows = np.load(folder / "rows.npy", mmap_mode="r")
-        self._counts = np.load(folder / "counts.npy", mmap_mode="r")
+        self._words = mapped(folder / "words.npy")
+        self._starts = mapped(folder / "starts.npy")
+        self._rows = mapped(folder / "rows.npy")
+        self._counts = mapped(folder / "counts.npy")
         self._first_row, self._keys = first_row, keys
         lengths = np.load(folder / "lengths.npy")
         self._norms = (K1 * (1 - B + B * lengths / mean_length)).astype(np.float32)
@@ -168,7 +169,7 @@ class Postings:
                 rows, counts = rows[kept], counts[kept]
             touched.append(rows[scores[rows] == 0.0])
             scores[rows] += weight * (counts / (counts + self._norms[rows]))
-        found = np.sort(np.concatenate(touched)) if touched else np.empty(0, dtype=np.uint32)
+        found = np.concatenate(touched) if touched else np.empty(0, dtype=np.uint32)
         if not len(found):
             return NOTHING
         for word, weight in zip(query.words[query.num_open :], query.weights[query.num_open :], strict=True):
@@ -188,4 +189,4 @@ class Postings:
         if at == len(self._words) or int(self._words[at]) != word:
             return np.empty(0, dtype=np.uint32), np.empty(0, dtype=np.float32)
         span = slice(int(self._starts[at]), int(self._starts[at + 1]))
-        return np.asarray(self._rows[span]), self._counts[span].astype(np.float32)
+        return self._rows[span], self._counts[span].astype(np.float32)
