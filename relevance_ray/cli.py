@@ -131,6 +131,23 @@ def plan(
         typer.echo(line)
 
 
+@app.command()
+def diversity(config: ConfigPath, set_: Overrides = None) -> None:
+    """How diverse the generated pairs are, and where they drift from the query log. Runs the steps it needs first."""
+    from relevance_ray.diversity_step import report_diversity
+    from relevance_ray.generate.diversity_report import warning_lines
+    from relevance_ray.progress import Progress
+    from relevance_ray.steps import Chain
+
+    chain = Chain(_load(config, set_))
+    chain.run("generate")
+    with Progress("diversity", unit="pairs") as progress:
+        report, path = report_diversity(chain.at, progress)
+    for line in warning_lines(report):
+        typer.echo(line)
+    typer.echo(f"\nreport: {path}")
+
+
 @app.command("retry-failed")
 def retry_failed(root: Root) -> None:
     """Label again what failed at a root, and nothing else; run the configuration again to train on it."""

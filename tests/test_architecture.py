@@ -24,7 +24,19 @@ PARTS = [
     "top",
 ]
 LEVEL = {name: level for level, part in enumerate(PARTS) for name in ((part,) if isinstance(part, str) else part)}
-TOP = {"config", "planning", "plan_text", "run_state", "step_folders", "step_work", "steps", "cli", "demo", "scoring"}
+TOP = {
+    "config",
+    "planning",
+    "plan_text",
+    "diversity_step",
+    "run_state",
+    "step_folders",
+    "step_work",
+    "steps",
+    "cli",
+    "demo",
+    "scoring",
+}
 RAY_SHELLS = {
     "generate/pipeline.py",
     "labeling/pipeline.py",
