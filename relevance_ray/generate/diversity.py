@@ -16,14 +16,16 @@ import numpy as np
 import pyarrow as pa
 
 from relevance_ray.generate.counting import KeySample, divergence, value_counts
-from relevance_ray.generate.drift import Check, category_checks, query_checks
+from relevance_ray.generate.drift import Check, LogTexts, category_checks, query_checks
 from relevance_ray.generate.grade_figures import RANKS, GradeStats, rank_buckets
 from relevance_ray.generate.query_figures import (
+    MAX_NEAR,
     VIEWS,
     QueryStats,
     distinct_ngrams,
     log_stats,
     near_duplicates,
+    read_query,
 )
 from relevance_ray.generate.query_text import TYPES, TypeRules, category_names, name_key
 from relevance_ray.schema import LabelScale
@@ -81,10 +83,11 @@ class Diversity:
         )
         self._num_log_rows = log.num_rows
         self._log = log_stats(log, self._rules, seed)
+        self._log_at: dict[int, tuple[dict[str, float], float]] = {}
         self.groups = self.pairs = 0
         self._found = Names(seed)
         self._uses = KeySample(PRODUCTS_KEPT, seed)
-        self._queries = QueryStats(self._rules, seed=seed)
+        self._queries = QueryStats(seed=seed)
         self._sources: dict[str, QueryStats] = {}
         self._first: Counter[str] = Counter()
         self._any: Counter[str] = Counter()
@@ -96,9 +99,10 @@ class Diversity:
         sources = table["query_source"].to_pylist()
         for query, source in zip(table["query"].to_pylist(), sources, strict=True):
             if source not in self._sources:
-                self._sources[source] = QueryStats(self._rules, seed=self._seed)
-            self._queries.add(query)
-            self._sources[source].add(query)
+                self._sources[source] = QueryStats(seed=self._seed)
+            read = read_query(query, self._rules)
+            self._queries.add(read)
+            self._sources[source].add(read)
         lists = table["products"].combine_chunks()
         products, sizes = lists.flatten(), lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
         self.groups += table.num_rows
@@ -135,12 +139,13 @@ class Diversity:
     def report(self) -> dict[str, Any]:
         """All figures as plain JSON values; `warnings`, sentences that begin with the gravest, of all queries and
         candidates; `source_warnings`, those of the queries of one source alone, which may be meant."""
-        checks, not_checked = query_checks(self._queries, self._log, self._sources, self._rules, self._seed)
+        texts = LogTexts(self._log, self._rules)
+        checks, not_checked = query_checks(self._queries, self._log, texts, self._sources, self._seed)
         checks += category_checks(self._catalog.top, self._found.top, self.groups, self._seed)
         alone = {}
         if len(self._sources) > 1:
             for name, stats in sorted(self._sources.items()):
-                own, _ = query_checks(stats, self._log, {}, self._rules, self._seed)
+                own, _ = query_checks(stats, self._log, texts, {}, self._seed)
                 alone[name] = _warnings(own)
         return {
             "warnings": _warnings(checks),
@@ -209,12 +214,15 @@ class Diversity:
         if not size:
             return out | {"against_log": None}
         _, counts, in_log = stats.sample.shared(self._log.sample)
+        if size not in self._log_at:
+            self._log_at[size] = (distinct_ngrams(log[:size]), near_duplicates(log[:size])["share"])
+        whole, near = size == len(own), min(size, MAX_NEAR) == min(len(own), MAX_NEAR)
         out["against_log"] = {
             "queries": size,
-            "distinct_n": distinct_ngrams(own[:size]),
-            "log_distinct_n": distinct_ngrams(log[:size]),
-            "near_duplicates": near_duplicates(own[:size])["share"],
-            "log_near_duplicates": near_duplicates(log[:size])["share"],
+            "distinct_n": out["distinct_n"] if whole else distinct_ngrams(own[:size]),
+            "log_distinct_n": self._log_at[size][0],
+            "near_duplicates": (out["near_duplicates"] if near else near_duplicates(own[:size]))["share"],
+            "log_near_duplicates": self._log_at[size][1],
             "also_in_log": float(in_log[counts > 0].astype(bool).mean()) if (counts > 0).any() else None,
             "length_words_bits": [divergence(stats.num_words[0], view) for view in self._log.num_words],
             "length_chars_bits": [divergence(stats.num_chars[0], view) for view in self._log.num_chars],

@@ -108,12 +108,11 @@ def _queries(report: Mapping[str, Any], pictures: Sequence[str]) -> list[str]:
     rows.append(["near-duplicates", *(_beside_log(stream, "near") for stream in streams.values()), *blank])
     rows.append(["repeated", *(f"{stream['repeated_share']:.1%}" for stream in streams.values()), *blank])
     if views:
-        in_log = [stream["against_log"]["also_in_log"] for stream in streams.values()]
+        in_log = [(stream["against_log"] or {}).get("also_in_log") for stream in streams.values()]
         rows.append(["also in the log", *("-" if share is None else f"{share:.0%}" for share in in_log), *blank])
         for unit in ("words", "chars"):
-            bits = [min(stream["against_log"][f"length_{unit}_bits"]) for stream in streams.values()]
-            label = f"length in {unit.replace('chars', 'characters')}, bits from the log"
-            rows.append([label, *(f"{value:.3f}" for value in bits), *blank])
+            bits = [_least((stream["against_log"] or {}).get(f"length_{unit}_bits")) for stream in streams.values()]
+            rows.append([f"length in {unit.replace('chars', 'characters')}, bits from the log", *bits, *blank])
     lines = ["## Queries", "", *_table(["", *streams, *views], rows)]
     return lines + _shown(pictures, "lengths.png", "types.png")
 
@@ -129,6 +128,11 @@ def _beside_log(stream: Mapping[str, Any], figure: str) -> str:
     if against is None:
         return f"{stream['distinct_n'][figure]:.3f}"
     return f"{against['distinct_n'][figure]:.3f} (log {against['log_distinct_n'][figure]:.3f})"
+
+
+def _least(bits: Sequence[float | None] | None) -> str:
+    found = [value for value in bits or [] if value is not None]
+    return f"{min(found):.3f}" if found else "-"
 
 
 def _catalog(report: Mapping[str, Any], pictures: Sequence[str]) -> list[str]:

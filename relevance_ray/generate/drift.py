@@ -63,29 +63,37 @@ class Check:
         return asdict(self) | {"drifts": self.drifts}
 
 
+class LogTexts:
+    """The sampled texts of a log, read once for all comparisons."""
+
+    def __init__(self, log: QueryStats, rules: TypeRules) -> None:
+        texts = log.sample.in_random_order()
+        self.num_words = np.array([min(len(words(text)), MAX_WORDS) for text in texts])
+        self.num_chars = np.array([min(len(text), MAX_CHARS) for text in texts])
+        found = [rules.types(text) for text in texts]
+        self.types = {name: np.array([name in types for types in found]) for name in TYPES}
+        self.tokens = [tokens(text) for text in texts]
+
+
 class LogNoise:
     """How far random parts of a log lie apart: the differences between two disjoint samples of `size` queries each."""
 
-    def __init__(self, log: QueryStats, rules: TypeRules, size: int, seed: int) -> None:
-        texts = log.sample.in_random_order()
-        self.size = max(1, min(size, len(texts) // 2))
-        self._num_words = np.array([min(len(words(text)), MAX_WORDS) for text in texts])
-        self._num_chars = np.array([min(len(text), MAX_CHARS) for text in texts])
-        found = [rules.types(text) for text in texts]
-        self._types = {name: np.array([name in types for types in found]) for name in TYPES}
-        self._tokens = [tokens(text) for text in texts]
+    def __init__(self, texts: LogTexts, size: int, seed: int) -> None:
+        num_texts = len(texts.tokens)
+        self.size = max(1, min(size, num_texts // 2))
+        self._texts = texts
         rng = np.random.default_rng(seed)
-        self._parts = [np.split(rng.permutation(len(texts))[: 2 * self.size], 2) for _ in range(DRAWS)]
+        self._parts = [np.split(rng.permutation(num_texts)[: 2 * self.size], 2) for _ in range(DRAWS)]
 
     def lengths(self, chars: bool) -> float:
         """Bits between the histograms of lengths, the largest of all draws."""
-        values = self._num_chars if chars else self._num_words
+        values = self._texts.num_chars if chars else self._texts.num_words
         return self._largest(
             lambda a, b: divergence(np.bincount(values[a], minlength=200), np.bincount(values[b], minlength=200))
         )
 
     def type_share(self, name: str) -> float:
-        has = self._types[name]
+        has = self._texts.types[name]
         return self._largest(lambda a, b: abs(has[a].mean() - has[b].mean()))
 
     def unknown_words(self, texts: Sequence[str]) -> tuple[float, float]:
@@ -94,8 +102,8 @@ class LogNoise:
         own, other = [], []
         given = [tokens(text) for text in texts]
         for a, b in self._parts:
-            known = {token for index in a for token in self._tokens[index]}
-            own.append(_unknown([self._tokens[index] for index in b], known))
+            known = {token for index in a for token in self._texts.tokens[index]}
+            own.append(_unknown([self._texts.tokens[index] for index in b], known))
             other.append(_unknown(given, known))
         return float(np.mean(other)), float(np.max(own))
 
@@ -109,13 +117,13 @@ def _unknown(texts: Sequence[list[str]], known: set[str]) -> float:
 
 
 def query_checks(
-    generated: QueryStats, log: QueryStats, sources: Mapping[str, QueryStats], rules: TypeRules, seed: int
+    generated: QueryStats, log: QueryStats, texts: LogTexts, sources: Mapping[str, QueryStats], seed: int
 ) -> tuple[list[Check], str]:
     """Checks of the generated queries against the log, and why there are none where it is too small.
 
     Args:
         generated: all generated queries; `sources`: the same by query source, for the sentences.
-        log: under all `VIEWS`.
+        log: under all `VIEWS`; `texts` are its sampled ones.
     """
     if not log.sample.total:
         return [], "there is no query log, so drift from it could not be checked"
@@ -124,11 +132,10 @@ def query_checks(
         return [], f"the log has {few} different queries, so drift from it could not be checked; it takes {MIN_LOG}"
     if not generated.sample.total:
         return [], "there are no generated queries to check"
-    noise = LogNoise(log, rules, len(generated.sample.counts), seed)
+    noise = LogNoise(texts, len(generated.sample.counts), seed)
     checks = [_length_check(generated, log, sources, noise, chars) for chars in (False, True)]
     checks += [_type_check(name, generated, log, sources, noise) for name in TYPES]
-    texts = generated.sample.in_random_order()[: noise.size]
-    unknown, own = noise.unknown_words(texts)
+    unknown, own = noise.unknown_words(generated.sample.in_random_order()[: noise.size])
     by_source = {
         name: f"{noise.unknown_words(stats.sample.in_random_order()[: noise.size])[0]:.0%}"
         for name, stats in sources.items()

@@ -7,6 +7,7 @@ near-duplicates) is of an even sample of at most `MAX_TEXTS` different queries, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,21 @@ VIEWS = {"each once": 0.0, "by root of frequency": 0.5, "by frequency": 1.0}
 SHOWN_VIEWS = ("each once", "by frequency")
 
 
+@dataclass(frozen=True, slots=True)
+class ReadQuery:
+    """A query's normalised text, its number of words and its types."""
+
+    text: str
+    num_words: int
+    types: set[str]
+
+
+def read_query(query: str, rules: TypeRules) -> ReadQuery:
+    """What is counted of a query; read once, it may be counted in several places."""
+    normal = normalize_query(query)
+    return ReadQuery(normal, len(words(normal)), rules.types(normal))
+
+
 class QueryStats:
     """Counts queries, under one or several weightings at once.
 
@@ -40,8 +56,7 @@ class QueryStats:
         sample: the different queries, normalised, and how often each came.
     """
 
-    def __init__(self, rules: TypeRules, num_views: int = 1, seed: int = 0) -> None:
-        self._rules = rules
+    def __init__(self, num_views: int = 1, seed: int = 0) -> None:
         self.num_words = np.zeros((num_views, MAX_WORDS + 1))
         self.num_chars = np.zeros((num_views, MAX_CHARS + 1))
         self._sums = np.zeros((num_views, 2))
@@ -49,17 +64,16 @@ class QueryStats:
         self.weight = np.zeros(num_views)
         self.sample = KeySample(MAX_TEXTS, seed)
 
-    def add(self, query: str, weights: np.ndarray | float = 1.0) -> None:
+    def add(self, query: ReadQuery, weights: np.ndarray | float = 1.0) -> None:
         """Count a query with its weight in each view."""
-        normal = normalize_query(query)
-        lengths = len(words(normal)), len(normal)
-        self.num_words[:, min(lengths[0], MAX_WORDS)] += weights
-        self.num_chars[:, min(lengths[1], MAX_CHARS)] += weights
-        self._sums += np.multiply.outer(np.broadcast_to(weights, self.weight.shape), lengths)
-        for name in self._rules.types(normal):
+        self.num_words[:, min(query.num_words, MAX_WORDS)] += weights
+        self.num_chars[:, min(len(query.text), MAX_CHARS)] += weights
+        self._sums[:, 0] += np.multiply(weights, query.num_words)
+        self._sums[:, 1] += np.multiply(weights, len(query.text))
+        for name in query.types:
             self._types[name] += weights
         self.weight += weights
-        self.sample.add(normal)
+        self.sample.add(query.text)
 
     def mean_lengths(self) -> np.ndarray:
         """float64 [views, 2]: mean words and mean characters."""
@@ -150,7 +164,7 @@ def log_rows(log: pa.Table, seed: int, size: int = MAX_LOG) -> Iterator[tuple[st
 def log_stats(log: pa.Table, rules: TypeRules, seed: int = 0) -> QueryStats:
     """The figures of a QUERY table under all `VIEWS`."""
     powers = np.array(list(VIEWS.values()))
-    stats = QueryStats(rules, len(VIEWS), seed)
+    stats = QueryStats(len(VIEWS), seed)
     for query, frequency, weight in log_rows(log, seed):
-        stats.add(query, weight * frequency**powers)
+        stats.add(read_query(query, rules), weight * frequency**powers)
     return stats

@@ -106,7 +106,7 @@ class TypeRules:
             out.add("brand")
         if phrases & self._categories:
             out.add("category")
-        chunks = [part.strip("()[],;:!.") for part in _SPLIT.split(normal)]
+        chunks = [part.strip("()[],;:!?.") for part in _SPLIT.split(normal)]
         if _NUMBER_UNSPACED.search(normal) or any(chunk in _SIZES or _is_number(chunk) for chunk in chunks):
             out.add("number or size")
         if any(_MODEL.fullmatch(chunk) and chunk not in _SIZES and not _is_number(chunk) for chunk in chunks):
