@@ -10,8 +10,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import yaml
 from small_catalog import BRANDS, COLORS, TYPES, make_products, product_table
+from typer.testing import CliRunner
 
+from relevance_ray import storage
+from relevance_ray.cli import app
+from relevance_ray.config import build_config
+from relevance_ray.diversity_step import report_diversity
 from relevance_ray.generate.counting import KeySample, divergence, even_sample
 from relevance_ray.generate.diversity import Diversity, measure_diversity
 from relevance_ray.generate.diversity_plots import drawable
@@ -19,6 +25,7 @@ from relevance_ray.generate.diversity_report import render_markdown, twenty_grou
 from relevance_ray.generate.query_figures import distinct_ngrams, log_rows, near_duplicates
 from relevance_ray.generate.query_text import TypeRules, category_names, name_key, tokens, words
 from relevance_ray.schema import GROUP, LABELED_GROUP, QUERY, SCALES
+from relevance_ray.steps import Chain
 
 PRODUCTS = make_products()
 CATALOG = product_table(PRODUCTS)
@@ -380,3 +387,47 @@ def test_groups_to_read_are_seeded_and_show_origins_and_grades() -> None:
     graded = twenty_groups([labeled(rows, [[[0.0, 0.0, 3.0], None]])], scale=SCALES["wands"])
     assert "  Exact +3.00" in graded
     assert "  failed" in graded
+
+
+# The command
+
+
+@pytest.mark.usefixtures("ray_cluster", "s3_server")
+def test_command_reports_what_was_generated_and_later_its_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RELEVANCE_RAY_CACHE", str(tmp_path / "cache"))
+    root = str(tmp_path / "root")
+    config = {
+        "data": {"market_size": 300},
+        "storage": {"root": root},
+        "generate": {"num_pairs": 800, "groups_per_shard": 10, "quotas": {"bm25": 4, "category": 2, "random": 2}},
+        "label": {"engine": "oracle"},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(config))
+    ran = CliRunner().invoke(app, ["diversity", str(path)])
+    assert ran.exit_code == 0, ran.output
+    chain = Chain(build_config(config))
+    folder = storage.join(chain.at.folder("generate"), "diversity")
+    assert f"report: {folder}/diversity.md" in ran.output
+    report = storage.read_json(storage.join(folder, "diversity.json"))
+    assert (report["groups"], report["pairs"], report["grades"]) == (100, 800, None)
+    summary = storage.read_json(storage.join(chain.at.folder("generate"), "step.json"))["summary"]
+    assert report["origins"]["first"] == summary["origins"]
+    assert storage.read_bytes(storage.join(folder, "groups.txt")).count(b"<-") == 20 * 8
+
+    chain.run("label")
+    part, _ = report_diversity(chain.at, max_pairs=240)
+    assert part["read"] == {"shards": 3, "of_shards": 10, "labeled_shards": 3, "seed": 0}
+    assert part["pairs"] == part["grades"]["labeled"] == 240
+    assert {"diversity.json", "diversity.md", "grades.png", "groups.txt"} <= set(storage.listdir(folder))
+    assert "3 of 10 shards" in storage.read_bytes(storage.join(folder, "diversity.md")).decode()
+    assert chain.at.is_done("generate")
+
+    storage.publish_folder(Path(root), "s3://bucket/diversity")
+    remote = Chain(build_config(config | {"storage": {"root": "s3://bucket/diversity"}}))
+    there, markdown = report_diversity(remote.at, max_pairs=240)
+    assert there == part
+    assert markdown.startswith("s3://bucket/diversity/generate-")
+    assert storage.read_bytes(markdown).startswith(b"# Diversity")
