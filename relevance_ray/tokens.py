@@ -1,7 +1,7 @@
-"""The words of a text, in any script: what BM25 counts, and what queries are compared and cut by.
+"""The words of a text, in any script: what BM25 counts, and what queries are compared by.
 
-Runs of letters and digits are words, NFKC and casefolded. Scripts that put no spaces between words (Han, Kana, Thai and
-their like) give overlapping pairs of characters instead, as Lucene's CJKAnalyzer does: no dictionary, and a query finds
+Runs of letters, marks and digits are words, NFKC and casefolded. Scripts that put no spaces between words (Han, Kana, Thai
+and their like) give overlapping pairs of characters instead, as Lucene's CJKAnalyzer does: no dictionary, and a query finds
 the titles that hold its characters side by side.
 """
 
@@ -10,31 +10,25 @@ from __future__ import annotations
 import re
 import unicodedata
 
-SPACELESS = (
-    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-    "\U00020000-\U0003ffff"
-)
-"""The inside of a character class: Thai, Lao, Burmese, Khmer, Kana, Han."""
+import regex
 
-_RUN = re.compile(rf"[{SPACELESS}]+|[^\W{SPACELESS}]+")
-_FIRST_SPACELESS = "\u0e00"
+UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}々ー"
+"""The inside of a character class of `regex`: scripts without spaces between words."""
+
+_RUN = regex.compile(rf"(?P<unspaced>(?:[{UNSPACED}]\p{{M}}*)+)|(?:(?![{UNSPACED}])[\w\p{{M}}])+")
+_ASCII_RUN = re.compile(r"\w+")
 
 
-def words(text: str) -> list[str]:
+def tokenize(text: str) -> list[str]:
     """The words of a text in their order, repeated ones again."""
     normal = unicodedata.normalize("NFKC", text).casefold()
-    runs = _RUN.findall(normal)
-    if normal.isascii() or max(normal) < _FIRST_SPACELESS:
-        return runs
+    if normal.isascii():
+        return _ASCII_RUN.findall(normal)
     out: list[str] = []
-    for run in runs:
-        if is_spaceless(run) and len(run) > 1:
+    for found in _RUN.finditer(normal):
+        run = found[0]
+        if found["unspaced"] and len(run) > 2:
             out += [run[i : i + 2] for i in range(len(run) - 1)]
         else:
             out.append(run)
     return out
-
-
-def is_spaceless(run: str) -> bool:
-    """Whether a run of one kind of characters is of a script without spaces between words."""
-    return re.match(f"[{SPACELESS}]", run) is not None

@@ -8,8 +8,9 @@ import pytest
 
 from relevance_ray.generate.counting import KeySample, divergence, even_sample
 from relevance_ray.generate.query_figures import distinct_ngrams, log_rows, near_duplicates
-from relevance_ray.generate.query_text import TypeRules, category_names, name_key, tokens, words
+from relevance_ray.generate.query_text import TypeRules, category_names, name_key, words
 from relevance_ray.schema import QUERY
+from relevance_ray.tokens import tokenize
 
 # Text
 
@@ -39,7 +40,7 @@ def test_types_of_queries_in_several_languages(query: str, expected: set[str]) -
 
 def test_words_and_tokens_cut_scripts_without_spaces_into_bigrams() -> None:
     assert words("Men's  Ｎｉｋｅ Niño-42") == ["men's", "nike", "niño", "42"]
-    assert tokens("赤い靴 sony") == ["赤い", "い靴", "sony"]
+    assert tokenize("赤い靴 sony") == ["赤い", "い靴", "sony"]
     assert words("赤い靴 sony") == ["赤い靴", "sony"]
     assert words("सोनी हेडफोन") == ["सोनी", "हेडफोन"]
 

@@ -20,7 +20,7 @@ from relevance_ray.errors import UserError
 from relevance_ray.model_folder import ModelInfo, read_model_info, staged_folder, write_model_info
 from relevance_ray.schema import LabelScale
 from relevance_ray.templates import Template
-from relevance_ray.tokens import words
+from relevance_ray.tokens import tokenize
 
 K1 = 1.2
 B = 0.75
@@ -51,9 +51,9 @@ class BM25Model(FolderModel):
         self, queries: Sequence[str], products: Sequence[Mapping[str, Any]]
     ) -> tuple[np.ndarray, list[str | None]]:
         class_logits = np.zeros((len(queries), 2), dtype=np.float32)
-        query_words = {query: words(query) for query in dict.fromkeys(queries)}
+        query_words = {query: tokenize(query) for query in dict.fromkeys(queries)}
         for row, (query, product) in enumerate(zip(queries, products, strict=True)):
-            class_logits[row, 1] = self._score(query_words[query], words(self.info.template.render_product(product)))
+            class_logits[row, 1] = self._score(query_words[query], tokenize(self.info.template.render_product(product)))
         return class_logits, [None] * len(queries)
 
     def _score(self, query: list[str], document: list[str]) -> float:
@@ -78,7 +78,7 @@ def build_bm25_folder(products: Iterable[pa.Table], template: Template, scale: L
     for block in products:
         names = [name for name in (*template.fields, "title") if name in block.column_names]
         for product in block.select(list(dict.fromkeys(names))).to_pylist():
-            document = words(template.render_product(product))
+            document = tokenize(template.render_product(product))
             frequency.update(set(document))
             num_products += 1
             num_words += len(document)

@@ -22,7 +22,8 @@ import numpy as np
 
 from relevance_ray.generate.counting import KeySample, divergence
 from relevance_ray.generate.query_figures import MAX_CHARS, MAX_WORDS, QueryStats
-from relevance_ray.generate.query_text import TYPES, TypeRules, tokens, words
+from relevance_ray.generate.query_text import TYPES, TypeRules, words
+from relevance_ray.tokens import tokenize
 
 DRAWS = 20
 SHARE_MARGIN = 0.10
@@ -72,7 +73,7 @@ class LogTexts:
         self.num_chars = np.array([min(len(text), MAX_CHARS) for text in texts])
         found = [rules.types(text) for text in texts]
         self.types = {name: np.array([name in types for types in found]) for name in TYPES}
-        self.tokens = [tokens(text) for text in texts]
+        self.tokens = [tokenize(text) for text in texts]
 
 
 class LogNoise:
@@ -100,7 +101,7 @@ class LogNoise:
         """Shares of word occurrences that a part of the log does not hold: of other texts (mean over the draws), and of
         the other part (the largest)."""
         own, other = [], []
-        given = [tokens(text) for text in texts]
+        given = [tokenize(text) for text in texts]
         for a, b in self._parts:
             known = {token for index in a for token in self._texts.tokens[index]}
             own.append(_unknown([self._texts.tokens[index] for index in b], known))

@@ -57,7 +57,7 @@ from relevance_ray.storage import (
     write_bytes,
     write_json,
 )
-from relevance_ray.tokens import words
+from relevance_ray.tokens import tokenize
 
 _STAGING = ".making-"
 _SEARCHED = ["title", "brand", "color", "category"]
@@ -266,7 +266,7 @@ def _shared_words(lexicon: Lexicon) -> Any:
         if word not in known:
             if len(known) >= 1_000_000:
                 known.clear()
-            known[word] = min(lexicon.frequencies([word_hash(part) for part in words(word)]), default=0) > 1
+            known[word] = min(lexicon.frequencies([word_hash(part) for part in tokenize(word)]), default=0) > 1
         return known[word]
 
     return is_shared

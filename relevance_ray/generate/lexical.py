@@ -24,7 +24,7 @@ from relevance_ray.errors import UserError
 from relevance_ray.generate.arrays import mapped
 from relevance_ray.generate.options import STOPWORDS
 from relevance_ray.generate.tops import NOTHING, Top, best
-from relevance_ray.tokens import words
+from relevance_ray.tokens import tokenize
 
 K1 = 1.2
 B = 0.75
@@ -50,7 +50,7 @@ def index_words(texts: Iterable[Sequence[str]], folder: Path, languages: Sequenc
     tokens, lengths = array("I"), array("I")
     for block in texts:
         for text in block:
-            found = [numbers.setdefault(word, len(numbers)) for word in words(text) if word not in stopped]
+            found = [numbers.setdefault(word, len(numbers)) for word in tokenize(text) if word not in stopped]
             tokens.extend(found)
             lengths.append(len(found))
     hashes = np.asarray([word_hash(word) for word in numbers], dtype=np.uint64)
@@ -126,7 +126,7 @@ class Lexicon:
 
     def query(self, text: str, budget: int = POSTINGS_BUDGET) -> LexicalQuery:
         """What a query asks of each shard. Stopwords are unknown words: no product was indexed by one."""
-        hashes = [word_hash(word) for word in dict.fromkeys(words(text))]
+        hashes = [word_hash(word) for word in dict.fromkeys(tokenize(text))]
         known = sorted((df, word) for df, word in zip(self.frequencies(hashes), hashes, strict=True) if df)
         num_open, total = min(1, len(known)), known[0][0] if known else 0
         while num_open < len(known) and total + known[num_open][0] <= budget:

@@ -16,8 +16,9 @@ import pyarrow.compute as pc
 
 from relevance_ray.data.splits import SIMILARITY, LeakGuard
 from relevance_ray.generate.counting import KeySample, even_sample
-from relevance_ray.generate.query_text import TYPES, TypeRules, ngrams, tokens, words
+from relevance_ray.generate.query_text import TYPES, TypeRules, ngrams, words
 from relevance_ray.schema import normalize_query
+from relevance_ray.tokens import tokenize
 
 MAX_WORDS, MAX_CHARS = 32, 160
 """Longer queries stand in the last bin of a histogram; means are of the lengths as they are."""
@@ -117,11 +118,11 @@ def _percentile(histogram: np.ndarray, share: float) -> int:
 
 def distinct_ngrams(texts: Iterable[str]) -> dict[str, float]:
     """Distinct-n (Li et al., "A Diversity-Promoting Objective Function", 2016) for n = 1, 2, 3: different n-grams over all
-    n-grams of the texts, counted over `tokens`. It falls with the number of texts, so only equally many compare."""
+    n-grams of the texts, counted over `tokenize`. It falls with the number of texts, so only equally many compare."""
     found: dict[int, set[str]] = {1: set(), 2: set(), 3: set()}
     totals = dict.fromkeys(found, 0)
     for text in texts:
-        items = tokens(text)
+        items = tokenize(text)
         for n, seen in found.items():
             grams = list(ngrams(items, n))
             totals[n] += len(grams)

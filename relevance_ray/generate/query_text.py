@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator
 import regex
 
 from relevance_ray.schema import normalize_query
+from relevance_ray.tokens import UNSPACED
 
 TYPES = {
     "single word": "one word, or one run of a script that is written without spaces",
@@ -22,15 +23,14 @@ TYPES = {
 }
 """The types, which may overlap, and the rule of each."""
 
-_UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}々ー"
 _RUN = regex.compile(
-    rf"[{_UNSPACED}]\p{{M}}*(?:[{_UNSPACED}]\p{{M}}*)*"
-    rf"|(?:(?![{_UNSPACED}])[\p{{L}}\p{{M}}\p{{N}}]|(?<=\p{{L}})['’](?=\p{{L}}))+"
+    rf"[{UNSPACED}]\p{{M}}*(?:[{UNSPACED}]\p{{M}}*)*"
+    rf"|(?:(?![{UNSPACED}])[\p{{L}}\p{{M}}\p{{N}}]|(?<=\p{{L}})['’](?=\p{{L}}))+"
 )
-_IS_UNSPACED = regex.compile(rf"[{_UNSPACED}]")
-_SPLIT = regex.compile(rf"[\s{_UNSPACED}]+")
+_IS_UNSPACED = regex.compile(rf"[{UNSPACED}]")
+_SPLIT = regex.compile(rf"[\s{UNSPACED}]+")
 _NUMBER = regex.compile(r"[#$€£¥]?\d+(?:[.,/⁄:x×*-]\d+)*([^\d\s]*)")
-_NUMBER_UNSPACED = regex.compile(rf"\d[{_UNSPACED}]")
+_NUMBER_UNSPACED = regex.compile(rf"\d[{UNSPACED}]")
 _UNIT_WORDS = """
 mm cm m km in inch inches ft yd mg g kg lb lbs oz ml cl dl l gal qt w kw wh kwh v kv a ah mah hz khz mhz ghz kb mb gb tb
 mp k p x h st nd rd th er ct pk pc pcs % " ' '' ′ ′′ ° °c °f c f € $ £ ¥
@@ -52,18 +52,6 @@ _KANA = regex.compile(r"[\p{Hiragana}\p{Katakana}ー]+")
 def words(query: str) -> list[str]:
     """Maximal runs of letters and digits of the normalised query; a run of a script without spaces is one word."""
     return _RUN.findall(normalize_query(query))
-
-
-def tokens(query: str) -> list[str]:
-    """What n-grams and vocabulary are counted over: words, and the overlapping character bigrams of runs of Han, kana, Thai,
-    Lao, Khmer or Burmese, which a program without a dictionary cannot cut into words."""
-    out: list[str] = []
-    for word in words(query):
-        if _IS_UNSPACED.match(word) and len(word) > 2:
-            out.extend(word[i : i + 2] for i in range(len(word) - 1))
-        else:
-            out.append(word)
-    return out
 
 
 def ngrams(items: list[str], n: int) -> Iterator[str]:

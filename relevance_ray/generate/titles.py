@@ -9,20 +9,20 @@ synonyms and no words that the catalog does not use.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import regex
+
 from relevance_ray.schema import normalize_query
-from relevance_ray.tokens import SPACELESS
+from relevance_ray.tokens import UNSPACED
 
 MAX_ROUNDS = 16
 """Cuts tried per title. Later rounds of one title repeat earlier queries more and more."""
 
-_WORD = re.compile(
-    rf"[^\W_{SPACELESS}]+(?:['’.\-/&][^\W_{SPACELESS}]+)*"
-    r"|[\u30a0-\u30ff\u31f0-\u31ff]+|[\u3040-\u309f]+|[\u3005-\u3007\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+"
-    r"|[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]+"
+_WORD = regex.compile(
+    rf"(?:(?![_{UNSPACED}])[\w\p{{M}}])+(?:['’.\-/&](?:(?![_{UNSPACED}])[\w\p{{M}}])+)*"
+    r"|[\p{Katakana}ー]+|\p{Hiragana}+|[\p{Han}々]+|[\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{M}]+"
 )
 """Words with spaces between them; without spaces, runs of one script: where Japanese changes from Kanji to Katakana to
 Hiragana, a word mostly ends."""
