@@ -28,6 +28,8 @@ ON_DEMAND = {"compact": 1}
 
 ALL_STEPS = VERSIONS | ON_DEMAND
 
+NEEDS_JUDGMENTS = ("train-teacher", "train-student", "evaluate")
+
 NEEDS = {
     "prepare": (),
     "train-teacher": ("prepare",),

@@ -19,7 +19,7 @@ from relevance_ray.lease import Lease
 from relevance_ray.models import check_layers, resolve_model
 from relevance_ray.ray_session import check_resources
 from relevance_ray.run_state import begin_run, begin_step
-from relevance_ray.step_folders import StepFolders
+from relevance_ray.step_folders import NEEDS_JUDGMENTS, StepFolders
 from relevance_ray.step_work import Say, StepWork
 from relevance_ray.storage import (
     check_reachable,
@@ -118,6 +118,12 @@ class Chain:
             raise UserError(
                 f"storage.root {config.storage.root} lies within data.path {config.data.path}, so each run would change "
                 "its own data; choose a folder elsewhere"
+            )
+        needs = next((step for step in steps if step in NEEDS_JUDGMENTS), None)
+        if needs and not config.data.is_judged:
+            raise UserError(
+                f"data.judgments is none, and {needs} learns from judgments or measures by them; ask for a step before it, "
+                "or name a file of judgments (label.model labels with a teacher that is there)"
             )
         files = {
             **{f"generate.{key}": path for key, path in config.generate.files.items()},

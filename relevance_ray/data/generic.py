@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from relevance_ray.data import files
-from relevance_ray.data.source import DataOptions, Source, own_scale
+from relevance_ray.data.source import NO_JUDGMENTS, SOURCE_JUDGMENT, DataOptions, Source, own_scale
 from relevance_ray.errors import UserError
 from relevance_ray.schema import PRODUCT, query_id
 
@@ -25,15 +25,17 @@ _JUDGMENT_OPTIONAL = ("query_id", "rater_grades", "split", "locale")
 
 
 def open_generic(options: DataOptions) -> Source:
-    """Reads the judgments; products stream. Raises `UserError` for a missing file or column, an unknown name in
-    `data.columns`, or a pair judged twice with different grades."""
-    judgments_path = _find(options, "judgments")
+    """Reads the judgments, where there are any; products stream. Raises `UserError` for a missing file or column, an
+    unknown name in `data.columns`, or a pair judged twice with different grades."""
+    judgments_path = _find(options, "judgments") if options.is_judged else None
     products_path = _find(options, "products")
     product_columns = _column_map(options, "products", PRODUCT.names)
     judgment_columns = _column_map(options, "judgments", [*_JUDGMENT_REQUIRED, *_JUDGMENT_OPTIONAL])
     return Source(
         scale=own_scale(options.scale),
-        judgments=_judgments(judgments_path, judgment_columns, options.locale),
+        judgments=_judgments(judgments_path, judgment_columns, options.locale)
+        if judgments_path
+        else SOURCE_JUDGMENT.empty_table(),
         products=partial(_products, products_path, product_columns, options.locale),
         queries=files.no_queries,
         judgments_name=str(judgments_path),
@@ -52,7 +54,8 @@ def _find(options: DataOptions, name: str) -> Path:
     if len(found) != 1:
         there = f"several {name} files ({', '.join(path.name for path in found)})"
         what = there if found else f"no {name} file ({name}.parquet, .csv, .tsv, .jsonl)"
-        raise UserError(f"{folder} has {what}; name it in data.{name}")
+        without = f", or write {NO_JUDGMENTS} to generate pairs without" if name == "judgments" and not found else ""
+        raise UserError(f"{folder} has {what}; name it in data.{name}{without}")
     return found[0]
 
 

@@ -49,11 +49,14 @@ def prepare(options: DataOptions, out_dir: Path, progress: ProgressLine | None =
             the catalog, a repeated product id, a split without queries, a leak between splits.
     """
     source = open_source(options)
-    judgments, repeated = _checked_judgments(source)
-    judgments, leaking = assign_splits(
-        judgments, options.test_percent, options.dev_percent, folds=options.folds, fold=options.fold
-    )
-    check_no_leak(judgments)
+    if options.is_judged:
+        judgments, repeated = _checked_judgments(source)
+        judgments, leaking = assign_splits(
+            judgments, options.test_percent, options.dev_percent, folds=options.folds, fold=options.fold
+        )
+        check_no_leak(judgments)
+    else:
+        judgments, repeated, leaking = source.judgments, 0, 0
     judgments = _with_soft_targets(judgments, source, options.label_smoothing)
     out_dir.mkdir(parents=True, exist_ok=True)
     staging = out_dir / "staging"
@@ -62,6 +65,8 @@ def prepare(options: DataOptions, out_dir: Path, progress: ProgressLine | None =
     try:
         judged, num_products = _write_products(source, judgments, staging / "products", progress)
         groups = _judged_groups(judgments, judged)
+        if options.is_judged:
+            _refuse_empty_splits(groups)
         pq.write_table(judgments.select(JUDGMENT.names).cast(JUDGMENT), staging / "judgments.parquet")
         pq.write_table(groups, staging / "judged_groups.parquet", row_group_size=512)
         log = _write_log(source, judgments, staging / "queries.parquet")
@@ -76,7 +81,7 @@ def prepare(options: DataOptions, out_dir: Path, progress: ProgressLine | None =
         "products": num_products,
         "judgments": judgments.num_rows,
         "judged_content": judged_content,
-        "queries_by_split": {name: int(pc.sum(pc.equal(groups["split"], name)).as_py()) for name in SPLITS},
+        "queries_by_split": {name: pc.sum(pc.equal(groups["split"], name), min_count=0).as_py() for name in SPLITS},
         "repeated_judgments_dropped": repeated,
         "leaking_judgments_dropped": leaking,
         **log,
@@ -257,7 +262,11 @@ def _judged_groups(judgments: pa.Table, judged: dict[str, dict[str, Any]]) -> pa
                 "rater_grades": row["rater_grades"],
             }
         )
-    present = {group["split"] for group in groups.values()}
+    return pa.Table.from_pylist(list(groups.values()), schema=JUDGED_GROUP)
+
+
+def _refuse_empty_splits(groups: pa.Table) -> None:
+    present = set(groups["split"].to_pylist())
     for split in SPLITS:
         if split not in present:
             raise UserError(
@@ -265,7 +274,6 @@ def _judged_groups(judgments: pa.Table, judged: dict[str, dict[str, Any]]) -> pa
                 if split != "train"
                 else f"no judged query is left for training ({len(groups)} in all); judge more queries"
             )
-    return pa.Table.from_pylist(list(groups.values()), schema=JUDGED_GROUP)
 
 
 def _write_log(source: Source, judgments: pa.Table, path: Path) -> dict[str, int]:

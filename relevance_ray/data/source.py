@@ -19,6 +19,7 @@ from relevance_ray.schema import SCALES, LabelScale
 BLOCK_ROWS = 50_000
 """Products and queries travel in tables of at most this many rows."""
 
+NO_JUDGMENTS = "none"
 SOURCE_JUDGMENT = pa.schema(
     [
         pa.field("query_id", pa.string(), nullable=False),
@@ -75,7 +76,10 @@ class DataOptions:
         "", "generic format: products file, relative to `path`; empty: the one named products.*", operational=True
     )
     judgments: str = option(
-        "", "generic format: judgments file, relative to `path`; empty: the one named judgments.*", operational=True
+        "",
+        "generic format: judgments file, relative to `path`; empty: the one named judgments.*; none: there are none, to "
+        "generate and label without training",
+        operational=True,
     )
     columns: dict[str, dict[str, str]] = option(
         {}, "generic format: {products: {our name: your column}, judgments: {...}}; unnamed ones keep our name"
@@ -91,6 +95,11 @@ class DataOptions:
         0, "cross-validation: number of folds over all judged queries, official split set aside; 0: off"
     )
     fold: int = option(0, "cross-validation: the fold that is the test split, from 0")
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether there are judgments to train on and to measure by."""
+        return self.judgments != NO_JUDGMENTS
 
     def __post_init__(self) -> None:
         if self.format == "market" and not 1 <= self.market_size <= 1_000_000_000:
