@@ -170,7 +170,7 @@ class TransformersGenerator:
             if not going:
                 return
             ids = torch.tensor(tokens)[:, None]
-            if len(going) <= _COMPACT_BELOW * len(rows):
+            if self._num_plain_layers and len(going) <= _COMPACT_BELOW * len(rows):
                 rows, ids, mask = [rows[place] for place in going], ids[going], mask[going]
                 cache.batch_select_indices(torch.tensor(going, device=self.device))
 
