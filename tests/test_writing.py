@@ -145,6 +145,8 @@ def test_an_answer_becomes_its_query(answer: str, query: str) -> None:
         ("三徳包丁ステンレス食洗機対応日本製切れ味抜群プレゼントギフト母の日", KNIFE, "plain", "length"),
         ("tent tent for two", TENT, "plain", "repeats"),
         ("tent or tent or tent", TENT, "plain", "repeats"),
+        ("backpacking " + "tentent" * 9, TENT, "plain", "repeats"),
+        ("trail-tent-for-two-waterproof-in-the-rain-of-norway-with-norrvik", TENT, "plain", "length"),
         (TENT["title"][:60], TENT, "plain", "verbatim"),
         ("三徳包丁 ステンレス 18cm 食洗機対応 日本製", KNIFE, "plain", "verbatim"),
         ("light running shoes for women", BOTAS, "use", "language"),
@@ -179,7 +181,7 @@ def test_the_check_of_the_language_can_be_switched_off() -> None:
 def test_words_are_counted_where_no_spaces_are() -> None:
     counts = {
         "two person tent": 3,
-        "women's 16.4 ft usb-c": 4,
+        "women's 16.4 ft usb-c": 5,
         "電気ケトル": 2,
         "sony ヘッドホン": 3,
         "등산 텐트": 2,
@@ -230,7 +232,14 @@ def test_each_product_gets_its_query_or_a_reason_in_order() -> None:
     assert (written[1].answer, written[1].num_tokens) == ("too long", 9)
     assert written[2].answer == "running shoes for women"
     assert generator.asked == [conversation(*each, 0) for each in zip(products, styles, strict=True)]
-    assert generator.sampling == Sampling(32, 0.3, 5, stop=("\n",))
+    assert generator.sampling == Sampling(48, 0.3, 5, stop=("\n",))
+
+
+def test_an_answer_that_took_all_its_tokens_is_refused() -> None:
+    cut = Generated(text="電気ケトル 温度\ufffd", prompt_tokens=9, completion_tokens=OPTIONS.max_tokens)
+    whole = Generated(text="waterproof tent", prompt_tokens=9, completion_tokens=OPTIONS.max_tokens - 1)
+    written = write_queries(Scripted(cut, whole), [KNIFE, TENT], ["plain"] * 2, OPTIONS)
+    assert [each.reason for each in written] == ["cut", None]
 
 
 def test_a_real_model_writes_the_same_queries_again(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ _UNSPACED = frozenset(("CJK", "KANA", "THAI", "LAO", "KHMER", "MYANMAR"))
 _CHARS_PER_WORD = 3
 
 _WORD = re.compile(r"\w+")
-_TYPED_WORD = re.compile(r"\w+(?:['’.\-]\w+)*")
+_TYPED_WORD = re.compile(r"\w+(?:['’.]\w+)*")
 
 
 @functools.lru_cache(maxsize=100_000)

@@ -25,7 +25,9 @@ class WriterOptions(GeneratorOptions):
         1, "fewest words of a query; three characters count as one where a script has no spaces between words"
     )
     max_words: int = option(10, "most words of a query")
-    max_tokens: int = option(32, "most tokens that the model may write for a query")
+    max_tokens: int = option(
+        48, "most tokens that the model may write for a query; an answer that takes all is refused"
+    )
     temperature: float = option(0.3, "0: always the likeliest words; more: more varied queries, and more nonsense")
     description_chars: int = option(
         0,

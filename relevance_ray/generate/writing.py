@@ -26,7 +26,7 @@ from relevance_ray.templates import attribute_pairs
 
 PROMPTS = "queries_v1"
 """The file of prompts, part of what decides the data."""
-REASONS = ("error", "empty", "echo", "length", "repeats", "verbatim", "language", "unrelated", "style")
+REASONS = ("error", "cut", "empty", "echo", "length", "repeats", "verbatim", "language", "unrelated", "style")
 """Why an answer is no query, in the order in which they are looked for."""
 
 _TITLE_CHARS = 120
@@ -36,6 +36,7 @@ _VERBATIM_WORDS = 7
 _ECHO_WORDS = 4
 _ECHO_SHINGLES = 0.5
 _BROAD_WORDS = 4
+_WORD_CHARS = 30
 _NAMING = ("plain", "attribute_dropped", "misspelled")
 _OWN_SHINGLES = 0.4
 """Queries of these styles name the product: so many of their shingles at least must be its own, its synonyms aside."""
@@ -133,10 +134,11 @@ def clean(answer: str) -> str:
 def refusal(query: str, product: Mapping[str, Any], style: str, options: WriterOptions) -> str | None:
     """Why a cleaned answer is no query of that style for that product, one of `REASONS`, or None.
 
-    "echo": a piece of the prompt that is not the product's. "repeats": one word three times, or two in a row. "verbatim":
-    the title, most of it, or seven words as they stand there. "language": see `language.same_language`. "unrelated": a
-    query that should name the product and shares little with its words. "style": the brand where none is wanted, no
-    spelling that the product does not have where one is, too many words for a broader one.
+    "echo": a piece of the prompt that is not the product's. "repeats": one word three times, twice in a row, or without
+    an end. "verbatim": the title, most of it, or seven words as they stand there. "language": see
+    `language.same_language`. "unrelated": a query that should name the product and shares little with its words.
+    "style": the brand where none is wanted, no spelling that the product does not have where one is, too many words for
+    a broader one.
     """
     words = folded_words(query)
     if not any(char.isalpha() for char in query):
@@ -152,6 +154,8 @@ def refusal(query: str, product: Mapping[str, Any], style: str, options: WriterO
     num_words = count_words(query)
     if not options.min_words <= num_words <= options.max_words:
         return "length"
+    if any(len(word) > _WORD_CHARS and count_words(word) == 1 for word in words):
+        return "repeats"
     if any(words.count(word) > 2 for word in words) or any(map(str.__eq__, words, words[1:])):
         return "repeats"
     if (num_words >= _VERBATIM_WORDS and normal in normal_title) or _similarity(normal, normal_title) >= _VERBATIM:
@@ -193,7 +197,9 @@ def write_queries(
             out.append(Written("", style, "error", answer.error, num_tokens))
             continue
         query = clean(answer.text)
-        reason = refusal(query, product, style, options)
+        # Where the tokens ran out, a query may lack its end, even half a character.
+        is_cut = answer.completion_tokens >= options.max_tokens
+        reason = "cut" if is_cut else refusal(query, product, style, options)
         out.append(Written("" if reason else query, style, reason, answer.text, num_tokens))
     return out
 
