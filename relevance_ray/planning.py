@@ -339,6 +339,9 @@ class _NoAnswers:
     def generate(self, conversations: Sequence[Sequence[Message]], sampling: Sampling) -> list[Generated]:
         raise AssertionError("a plan asks nothing")
 
+    def close(self) -> None:
+        pass
+
 
 class _AnyLogits:
     """Labels of no meaning that take the room of real ones."""

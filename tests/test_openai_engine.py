@@ -127,6 +127,14 @@ def test_no_more_requests_at_once_and_a_minute_than_allowed() -> None:
         assert np.median(gaps) > 0.08
 
 
+def test_an_answer_ends_before_the_first_stop_string_whatever_the_endpoint_heeds() -> None:
+    conversations = [[{"role": "user", "content": text}] for text in ("red tent\nblue tent", "red tent; x", "tent")]
+    with ChatEndpoint() as endpoint:
+        found = OpenAIGenerator(options(endpoint).openai).generate(conversations, Sampling(stop=("\n", ";")))
+    assert [answer.text for answer in found] == ["red tent", "red tent", "tent"]
+    assert endpoint.requests[0]["stop"] == ["\n", ";"]
+
+
 def test_answers_under_a_schema_and_in_order() -> None:
     schema = {"type": "object", "properties": {"grade": {"type": "string"}}}
     conversations = [[{"role": "user", "content": f"row {row}"}] for row in range(20)]

@@ -216,6 +216,13 @@ def test_a_conversation_that_cannot_be_answered_takes_no_other_with_it(generator
     assert generator.generate([], Sampling()) == []
 
 
+def test_an_answer_ends_before_the_first_stop_string(generator: VllmGenerator) -> None:
+    free = [answer.text for answer in generator.generate(CONVERSATIONS, Sampling(max_tokens=12))]
+    stop = free[0][len(free[0]) // 2 :][:4]
+    cut = generator.generate(CONVERSATIONS, Sampling(max_tokens=12, stop=(stop,)))
+    assert [answer.text for answer in cut] == [text.split(stop)[0] for text in free]
+
+
 def test_a_seed_repeats_its_sample(generator: VllmGenerator) -> None:
     sampled = [
         generator.generate(CONVERSATIONS[:1], Sampling(max_tokens=12, temperature=1.0, seed=seed))[0].text

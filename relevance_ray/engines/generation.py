@@ -15,6 +15,9 @@ import numpy as np
 Message = Mapping[str, str]
 """`role` ("system", "user" or "assistant") and `content`, as chat templates and OpenAI-compatible endpoints have them."""
 
+MAX_STOPS = 4
+"""As many as OpenAI takes."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -26,6 +29,7 @@ class Sampling:
         seed: of the sampling, where the engine takes one.
         json_schema: forces answers that parse under this JSON schema.
         choices: forces one of these answers, and asks for the log probability of each. Each must be a single token.
+        stop: the answer ends before the first of these strings; at most `MAX_STOPS`.
     """
 
     max_tokens: int = 256
@@ -33,10 +37,17 @@ class Sampling:
     seed: int = 0
     json_schema: Mapping[str, Any] | None = None
     choices: tuple[str, ...] = ()
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.json_schema is not None and self.choices:
             raise ValueError("give a JSON schema or choices, not both")
+        if len(self.stop) > MAX_STOPS or not all(self.stop):
+            raise ValueError(f"stop {list(self.stop)} must be at most {MAX_STOPS} strings, none of them empty")
+
+    def cut(self, text: str) -> str:
+        """The text before the first of `stop`."""
+        return text[: min((text.find(stop) for stop in self.stop if stop in text), default=len(text))]
 
 
 @dataclass(slots=True)
@@ -63,3 +74,6 @@ class TextGenerator(Protocol):
     """Writes answers, one for each conversation, in their order."""
 
     def generate(self, conversations: Sequence[Sequence[Message]], sampling: Sampling) -> list[Generated]: ...
+
+    def close(self) -> None:
+        """Give back what it holds outside of this process; nothing can be generated any more."""

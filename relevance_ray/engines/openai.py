@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from relevance_ray.engines.generation import Generated, Message, Sampling
-from relevance_ray.engines.options import OpenAIOptions
+from relevance_ray.engines.options import EndpointOptions
 from relevance_ray.errors import UserError
 
 _TOP_LOGPROBS = 20
@@ -30,7 +30,7 @@ _ALL_REFUSED = 8
 """Where at least so many requests of a call are refused as wrong and none is answered, it is not the rows."""
 
 
-def check_endpoint(options: OpenAIOptions) -> None:
+def check_endpoint(options: EndpointOptions, section: str = "label.openai") -> None:
     """Raise `UserError` where the client is not installed, or there is no key for OpenAI; nothing is sent."""
     if find_spec("openai") is None:
         raise UserError(
@@ -39,7 +39,7 @@ def check_endpoint(options: OpenAIOptions) -> None:
     if not os.environ.get(options.api_key_env) and not options.base_url:
         raise UserError(
             f"the environment variable {options.api_key_env} holds no key for OpenAI; set it on every node, or "
-            "label.openai.base_url for an endpoint of your own"
+            f"{section}.base_url for an endpoint of your own"
         )
 
 
@@ -48,17 +48,19 @@ class OpenAIGenerator:
 
     Args:
         options: where it is, and how hard it may be asked.
+        section: where the configuration has these options, for what a user is told to mend.
 
     Raises:
         UserError: the client is not installed, or there is no key.
     """
 
-    def __init__(self, options: OpenAIOptions) -> None:
-        check_endpoint(options)
+    def __init__(self, options: EndpointOptions, section: str = "label.openai") -> None:
+        check_endpoint(options, section)
         import openai
 
         self._openai = openai
         self.options = options
+        self.section = section
         # The client wants a key; an endpoint of one's own need not.
         self._key = os.environ.get(options.api_key_env) or "none"
 
@@ -70,6 +72,9 @@ class OpenAIGenerator:
                 for longer than the retries last.
         """
         return asyncio.run(self._generate(conversations, sampling)) if conversations else []
+
+    def close(self) -> None:
+        """Nothing is held between calls."""
 
     async def _generate(self, conversations: Sequence[Sequence[Message]], sampling: Sampling) -> list[Generated]:
         client = self._openai.AsyncOpenAI(
@@ -91,7 +96,7 @@ class OpenAIGenerator:
         if call.last_loss is not None and call.lost == len(conversations) >= _ALL_REFUSED:
             raise self.gone(call.last_loss) from call.last_loss
         if call.refused == len(conversations) >= _ALL_REFUSED:
-            raise UserError(f"the endpoint refuses every request: {answers[-1].error}; mend label.openai")
+            raise UserError(f"the endpoint refuses every request: {answers[-1].error}; mend {self.section}")
         return answers
 
     def gone(self, error: Exception) -> UserError:
@@ -99,7 +104,7 @@ class OpenAIGenerator:
         where = self.options.base_url or "OpenAI's endpoint"
         return UserError(
             f"{where} gives no answer, each request tried {self.options.max_retries} times again ({_said(error)}); mend "
-            "label.openai or the endpoint, and the same command goes on"
+            f"{self.section} or the endpoint, and the same command goes on"
         )
 
     def request(self, messages: Sequence[Message], sampling: Sampling) -> dict[str, Any]:
@@ -116,6 +121,8 @@ class OpenAIGenerator:
         if sampling.json_schema is not None:
             schema = {"name": "answer", "schema": dict(sampling.json_schema), "strict": True}
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
+        if sampling.stop:
+            body["stop"] = list(sampling.stop)
         if self.options.extra_body:
             body["extra_body"] = self.options.extra_body
         return body
@@ -136,7 +143,7 @@ class _Call:
         self._lost_in_row = 0
 
     async def answer(self, messages: Sequence[Message]) -> Generated:
-        openai, options = self._openai, self._generator.options
+        openai, options, section = self._openai, self._generator.options, self._generator.section
         async with self._free:
             await self._turn()
             try:
@@ -147,7 +154,7 @@ class _Call:
                 ) from error
             except openai.NotFoundError as error:
                 raise UserError(
-                    f"the endpoint knows no model {options.model!r} ({_said(error)}); mend label.openai.model or base_url"
+                    f"the endpoint knows no model {options.model!r} ({_said(error)}); mend {section}.model or base_url"
                 ) from error
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
                 self.refused += 1
@@ -172,7 +179,9 @@ class _Call:
         if not found.choices:
             return Generated(error="the endpoint gave no answer")
         first = found.choices[0]
-        out = Generated(text=first.message.content or "")
+        written = first.message.content or ""
+        # Cut here too: not every endpoint heeds `stop`.
+        out = Generated(text=self._sampling.cut(written))
         if found.usage is not None:
             out.prompt_tokens, out.completion_tokens = found.usage.prompt_tokens, found.usage.completion_tokens
         if self._sampling.choices:
@@ -184,7 +193,7 @@ class _Call:
             out.choice_logits = _choice_logits(self._sampling.choices, top)
             if np.isfinite(out.choice_logits).any():
                 out.text = self._sampling.choices[int(np.nanargmax(out.choice_logits))]
-        elif first.finish_reason == "length":
+        elif first.finish_reason == "length" and out.text == written:
             out.error = f"the answer was longer than {self._sampling.max_tokens} tokens"
         return out
 

@@ -11,7 +11,7 @@ from relevance_ray.templates import Template
 
 
 @dataclass(frozen=True)
-class OpenAIOptions:
+class EndpointOptions:
     """A language model behind an endpoint that speaks OpenAI's chat protocol."""
 
     __pydantic_config__ = STRICT
@@ -30,14 +30,9 @@ class OpenAIOptions:
     max_retries: int = option(
         8, "of a request refused for load or lost on the way, with growing pauses", operational=True
     )
-    fields: list[str] = option(
-        ["title", "brand", "color", "category", "description", "attributes"], "what the model reads of a product"
-    )
-    guidelines: str = option("", "the shop's own rules for judging, told to the model")
     extra_body: dict[str, Any] = option({}, "more for the body of each request, as the endpoint takes it")
 
     def __post_init__(self) -> None:
-        Template(fields=tuple(self.fields))  # refuses unknown ones
         address = urlsplit(self.base_url)
         if self.base_url and (address.scheme not in ("http", "https") or not address.hostname):
             raise ValueError(f"base_url {self.base_url} is no address such as http://host:8000/v1")
@@ -47,6 +42,20 @@ class OpenAIOptions:
         for name in ("requests_per_minute", "max_retries"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative")
+
+
+@dataclass(frozen=True)
+class OpenAIOptions(EndpointOptions):
+    """An endpoint's model that is asked for grades."""
+
+    fields: list[str] = option(
+        ["title", "brand", "color", "category", "description", "attributes"], "what the model reads of a product"
+    )
+    guidelines: str = option("", "the shop's own rules for judging, told to the model")
+
+    def __post_init__(self) -> None:
+        EndpointOptions.__post_init__(self)
+        Template(fields=tuple(self.fields))  # refuses unknown ones
 
 
 VLLM_OPERATIONAL_ARGS = (
@@ -129,3 +138,43 @@ class EngineOptions:
     def runs_teacher(self) -> bool:
         """Whether the engine runs a model folder of ours."""
         return self.engine in ("transformers", "vllm")
+
+
+DEFAULT_WRITER = "smollm2-135m"
+
+
+@dataclass(frozen=True)
+class GeneratorOptions:
+    """Which language model writes, and where it runs."""
+
+    __pydantic_config__ = STRICT
+
+    engine: Literal["transformers", "vllm", "openai"] = option(
+        "transformers",
+        "who writes: `transformers` or `vllm` (a causal language model run here), `openai` (a model behind an endpoint that "
+        "speaks OpenAI's protocol)",
+    )
+    model: str = option(
+        DEFAULT_WRITER, "transformers, vllm: the model that writes, a short name, a folder, local or s3://, or a hub id"
+    )
+    device: str = option("auto", 'a torch device, or "auto": the GPU where there is one', operational=True)
+    max_batch_tokens: int = option(8192, "transformers: padded tokens of a batch, answers included", operational=True)
+    num_threads: int = option(0, "CPU threads of one model; 0 leaves its library's own choice", operational=True)
+    openai: EndpointOptions = option(EndpointOptions(), "openai engine: the endpoint")
+    vllm: VllmOptions = option(VllmOptions(), "what engine `vllm` hands on")
+
+    def __post_init__(self) -> None:
+        if self.max_batch_tokens < 1:
+            raise ValueError(f"max_batch_tokens {self.max_batch_tokens} must be at least 1")
+        if self.num_threads < 0:
+            raise ValueError(f"num_threads {self.num_threads} must not be negative")
+        if self.vllm.engine_args and self.engine != "vllm":
+            raise ValueError("vllm.engine_args are only read with engine `vllm`; remove them")
+        if self.engine != "openai" and self.openai != EndpointOptions():
+            raise ValueError("`openai` is only read with engine `openai`; remove the section or set the engine")
+        if (self.engine == "openai") != bool(self.openai.model):
+            raise ValueError("`openai.model`, the name of a model, goes with engine `openai`: give both or neither")
+        if self.engine == "openai" and self.model != DEFAULT_WRITER:
+            raise ValueError(f"model {self.model!r} is not read with engine `openai`, but openai.model is; remove it")
+        if self.engine != "openai" and not self.model:
+            raise ValueError(f"engine `{self.engine}` needs a model, such as {DEFAULT_WRITER}")

@@ -9,11 +9,13 @@ import os
 from pathlib import Path
 
 from relevance_ray.engines.base import Engine, FolderModel, ModelEngine
-from relevance_ray.engines.options import EngineOptions, VllmOptions
+from relevance_ray.engines.generation import TextGenerator
+from relevance_ray.engines.options import EngineOptions, GeneratorOptions, VllmOptions
 from relevance_ray.errors import UserError
 from relevance_ray.model_folder import read_model_info
+from relevance_ray.models import resolve_model
 from relevance_ray.schema import LabelScale
-from relevance_ray.storage import localize
+from relevance_ray.storage import is_remote, localize
 
 DEFAULT_BATCH_TOKENS = 8192
 
@@ -145,3 +147,57 @@ def open_engine(
         model, options.device, options.num_threads, options.max_batch_tokens, compiled=options.compile, vllm=vllm
     )
     return ModelEngine(loaded)
+
+
+def check_generator(options: GeneratorOptions, section: str) -> None:
+    """Refuse what this machine can tell of a writing model before anything is spent. On a cluster that `RAY_ADDRESS`
+    names, its libraries and weights need be on the nodes that write alone.
+
+    Args:
+        section: where the configuration has these options, such as "generate.llm".
+
+    Raises:
+        UserError: no client or key, no vLLM, no such model, or one that writes no text.
+    """
+    if options.engine == "openai":
+        from relevance_ray.engines.openai import check_endpoint
+
+        check_endpoint(options.openai, f"{section}.openai")
+    elif not os.environ.get("RAY_ADDRESS"):
+        if options.engine == "vllm":
+            from relevance_ray.engines.vllm import import_vllm
+
+            import_vllm()
+        _writer_folder(options.model)
+
+
+def open_generator(options: GeneratorOptions, section: str) -> TextGenerator:
+    """The generator that the options name; `close` it when done.
+
+    Args:
+        section: as `check_generator` has it.
+
+    Raises:
+        UserError: what `check_generator` refuses, or the engine itself.
+    """
+    if options.engine == "openai":
+        from relevance_ray.engines.openai import OpenAIGenerator
+
+        return OpenAIGenerator(options.openai, f"{section}.openai")
+    folder = _writer_folder(options.model)
+    if options.engine == "vllm":
+        from relevance_ray.engines.vllm import VllmGenerator
+
+        return VllmGenerator(folder, options.device, options.num_threads, options.vllm.engine_args)
+    from relevance_ray.engines.transformers_generation import TransformersGenerator
+
+    return TransformersGenerator(folder, options.device, options.num_threads, options.max_batch_tokens)
+
+
+def _writer_folder(model: str) -> Path:
+    """The local folder of a causal language model."""
+    from relevance_ray.engines.sequence import check_writes
+
+    folder = resolve_model(str(localize(model)) if is_remote(model) else model)
+    check_writes(model, folder)
+    return folder

@@ -30,6 +30,12 @@ def is_causal(source: str | Path) -> bool:
     return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or [])
 
 
+def check_writes(name: str, source: str | Path) -> None:
+    """Raise `UserError` where a model is no causal language model: with a fresh head it would write noise."""
+    if not is_causal(source):
+        raise UserError(f"model {name} writes no text; give a causal language model, such as smollm2-135m")
+
+
 def build_sequence_folder(
     source: str | Path,
     info: ModelInfo,

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
 from transformers import AutoConfig, AutoTokenizer
 
 from relevance_ray.engines import vllm_worker
-from relevance_ray.engines.base import FolderModel, text_problem
+from relevance_ray.engines.base import FolderModel
+from relevance_ray.engines.chat import ChatEncoder
 from relevance_ray.engines.encoding import PairEncoder
 from relevance_ray.engines.generation import Generated, Message, Sampling
 from relevance_ray.engines.transformers import DEFAULT_BATCH_TOKENS, as_class_logits, gains_of
@@ -121,8 +121,7 @@ class VllmModel(FolderModel):
 class VllmGenerator:
     """Writes answers with a causal language model: a `generation.TextGenerator`.
 
-    Conversations go through the tokenizer's chat template; where it has none, each message is a paragraph under its
-    role. A special token within a message ("<|im_end|>") is written apart, so that a shop's data cannot end a turn.
+    Conversations become tokens as `chat.ChatEncoder` says.
 
     `json_schema` is vLLM's structured output, and an answer cut at `max_tokens` is an error. With `choices` one token is
     written, of theirs alone, and `choice_logits` are the model's own log probabilities, from before that restriction.
@@ -145,11 +144,7 @@ class VllmGenerator:
     ) -> None:
         self._vllm = import_vllm()
         self.tokenizer = AutoTokenizer.from_pretrained(model)
-        self._special = sorted(
-            {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special},
-            key=len,
-            reverse=True,
-        )
+        self._chat = ChatEncoder(self.tokenizer)
         defaults = {
             "runner": "generate",
             # Where blanks are free, a small model may write them until its tokens are spent.
@@ -188,18 +183,12 @@ class VllmGenerator:
             raise ValueError(
                 f"{len(choices)} choices are more than the {MAX_CHOICES} whose log probabilities vLLM gives"
             )
-        ids = []
-        for choice in choices:
-            tokens = self.tokenizer.encode(choice, add_special_tokens=False)
-            if len(tokens) != 1:
-                raise ValueError(f"choice {choice!r} is {len(tokens)} tokens of this model; it must be one")
-            ids.append(int(tokens[0]))
-        if len(set(ids)) < len(ids):
-            raise ValueError(f"the choices {', '.join(choices)} are not all different tokens of this model")
-        return ids
+        return self._chat.choice_ids(choices)
 
     def _sampling_params(self, sampling: Sampling, choice_ids: list[int]) -> Any:
         params: dict[str, Any] = {"temperature": sampling.temperature, "max_tokens": sampling.max_tokens}
+        if sampling.stop:
+            params["stop"] = list(sampling.stop)
         if sampling.temperature > 0:
             params["seed"] = sampling.seed
         if choice_ids:
@@ -212,35 +201,7 @@ class VllmGenerator:
 
     def _prompt(self, conversation: Sequence[Message]) -> tuple[list[int], str | None]:
         """Token ids, and why there are none or too many."""
-        messages = []
-        for message in conversation:
-            for key in ("role", "content"):
-                if (problem := text_problem(message.get(key))) is not None:
-                    return [], f"the {key} of a message {problem}"
-            messages.append({"role": message["role"], "content": self._apart(message["content"])})
-        if not messages:
-            return [], "the conversation has no messages"
-        if self.tokenizer.chat_template is None:
-            paragraphs = [f"{message['role'].capitalize()}:\n{message['content']}\n\n" for message in messages]
-            ids = self.tokenizer.encode("".join(paragraphs) + "Assistant:\n")
-            # What a tokenizer puts at the end of a text would end the answer before it began.
-            ids = ids[:-1] if ids[-1] in (self.tokenizer.eos_token_id, self.tokenizer.sep_token_id) else ids
-        else:
-            try:
-                text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            except TemplateError as error:
-                return [], f"the model's chat template refuses the conversation ({error})"
-            ids = self.tokenizer.encode(text, add_special_tokens=False)
-        most = self._llm.model_config.max_model_len - 1
-        if len(ids) > most:
-            return ids, f"the conversation has {len(ids)} tokens, more than the {most} that leave room for an answer"
-        return ids, None
-
-    def _apart(self, text: str) -> str:
-        for token in self._special:
-            if token in text:
-                text = text.replace(token, f"{token[0]} {token[1:]}")
-        return text
+        return self._chat.encode(conversation, self._llm.model_config.max_model_len - 1)
 
 
 def import_vllm() -> Any:
