@@ -114,7 +114,7 @@ def rates(index: Index, peer: Path) -> tuple[list[float], list[float]]:
         options,
         index.catalog,
         index.lexicon,
-        open_whole(index),
+        open_whole(index, dense=options.uses_dense),
         open_embedder(options) if options.uses_dense else None,
         read,
     )

@@ -22,6 +22,7 @@ from relevance_ray.errors import UserError
 from relevance_ray.evaluation.options import EvaluateOptions
 from relevance_ray.generate.options import GenerateOptions
 from relevance_ray.options import STRICT, option
+from relevance_ray.ray_session import Demand
 from relevance_ray.serving.options import ServeOptions
 from relevance_ray.training.options import StudentOptions, TeacherOptions
 
@@ -51,6 +52,9 @@ class ResourceOptions:
         "maps the whole catalog",
         operational=True,
     )
+    write_actors: int = option(1, "Actors with a language model that write queries (source llm)", operational=True)
+    cpus_per_write_actor: int = option(2, "CPUs of one of these", operational=True)
+    gpus_per_write_actor: float = option(0, "GPUs of one of these", operational=True)
     label_actors: int = option(1, "Engine actors that label shards", operational=True)
     cpus_per_label_actor: int = option(2, "CPUs of one engine actor", operational=True)
     gpus_per_label_actor: float = option(0, "GPUs of one engine actor", operational=True)
@@ -66,6 +70,8 @@ class ResourceOptions:
     def __post_init__(self) -> None:
         for name in (
             "generate_workers",
+            "write_actors",
+            "cpus_per_write_actor",
             "label_actors",
             "cpus_per_label_actor",
             "train_workers",
@@ -73,19 +79,27 @@ class ResourceOptions:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
-        for name in ("search_actors", "gpus_per_label_actor", "no_progress_minutes"):
+        for name in ("search_actors", "gpus_per_write_actor", "gpus_per_label_actor", "no_progress_minutes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative")
 
-    def needed(self, step: str) -> tuple[int, float, float, str]:
-        """How many actors a step wants at once, CPUs and GPUs of each, and the key that says so."""
+    def needed(self, step: str, writes: bool = False) -> list[Demand]:
+        """What a step wants at once, one stage after the other; `writes`: generation has a language model write."""
         if step == "label":
-            return self.label_actors, self.cpus_per_label_actor, self.gpus_per_label_actor, "resources.label_actors"
-        if step == "generate" and self.search_actors:  # beside them at least one worker
-            return self.search_actors + 1, 1, 0, "resources.search_actors"
+            key = "resources.label_actors"
+            return [Demand(self.label_actors, self.cpus_per_label_actor, self.gpus_per_label_actor, key)]
+        if step == "generate":
+            stages = []
+            if self.search_actors:  # beside them at least one worker
+                stages.append(Demand(self.search_actors + 1, 1, 0, "resources.search_actors"))
+            if writes:
+                cpus, gpus = self.cpus_per_write_actor, self.gpus_per_write_actor
+                stages.append(Demand(self.write_actors, cpus, gpus, "resources.write_actors", self.search_actors))
+            return stages
         if step in ("train-teacher", "train-student", "evaluate"):
-            return self.train_workers, self.cpus_per_train_worker, int(self.train_on_gpu), "resources.train_workers"
-        return 0, 0, 0, ""
+            key = "resources.train_workers"
+            return [Demand(self.train_workers, self.cpus_per_train_worker, int(self.train_on_gpu), key)]
+        return []
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,26 +7,40 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from relevance_ray.errors import UserError
 from relevance_ray.quiet import quiet_libraries
 
 
-def check_resources(count: int, cpus: float, gpus: float, key: str, num_cpus: int | None = None) -> None:
-    """Refuse `count` actors of so many CPUs and GPUs each that a local Ray can never hold at once: it would wait for
-    ever, without a word. A cluster that `RAY_ADDRESS` names may still grow, so it is not asked. Before Ray is started,
-    with `num_cpus` as `ray_session` would get it, this machine is asked instead."""
+@dataclass(frozen=True)
+class Demand:
+    """What a step wants at once: actors, CPUs and GPUs of each, the configuration's key that says so, and the CPUs that
+    others of the step hold meanwhile."""
+
+    count: int
+    cpus: float
+    gpus: float
+    key: str
+    taken_cpus: int = 0
+
+
+def check_resources(demand: Demand, num_cpus: int | None = None) -> None:
+    """Refuse what a local Ray can never hold at once: it would wait for ever, without a word. A cluster that `RAY_ADDRESS`
+    names may still grow, so it is not asked. Before Ray is started, with `num_cpus` as `ray_session` would get it, this
+    machine is asked instead."""
     if os.environ.get("RAY_ADDRESS"):
         return
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         there = sys.modules["ray"].cluster_resources()
     else:
-        there = {"CPU": _cpus(num_cpus), "GPU": _gpus() if gpus else 0}
-    for name, each in (("CPU", cpus), ("GPU", gpus)):
-        if count * each > there.get(name, 0):
+        there = {"CPU": _cpus(num_cpus), "GPU": _gpus() if demand.gpus else 0}
+    for name, each, taken in (("CPU", demand.cpus, demand.taken_cpus), ("GPU", demand.gpus, 0)):
+        if demand.count * each + taken > there.get(name, 0):
+            beside = f" beside {taken:g} that are taken" if taken else ""
             raise UserError(
-                f"{key} asks for {count} at {each:g} {name}s each, and this Ray has {there.get(name, 0):g}; "
-                "lower it, or what each one takes"
+                f"{demand.key} asks for {demand.count} at {each:g} {name}s each{beside}, and this Ray has "
+                f"{there.get(name, 0):g}; lower it, or what each one takes"
             )
 
 

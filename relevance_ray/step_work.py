@@ -79,7 +79,8 @@ class StepWork:
     def _ray(self, step: str) -> None:
         """Ray from here to the end of the run, which must be able to hold what a step wants at once."""
         self._stack.enter_context(ray_session(self.config.resources.num_cpus))
-        check_resources(*self.config.resources.needed(step))
+        for demand in self.config.resources.needed(step, self.config.generate.uses_llm):
+            check_resources(demand)
 
     def _progress(self, description: str, total: int | None, unit: str) -> Progress:
         return Progress(description, total, unit, log=self._log)
@@ -135,16 +136,18 @@ class StepWork:
             )
 
     def _generate(self, folder: str) -> dict[str, Any]:
-        from relevance_ray.generate.pipeline import generate
+        from relevance_ray.generate.pipeline import Workers, generate
 
+        resources = self.config.resources
         self._ray("generate")
         with self._progress("generate", self.config.generate.num_pairs, "pairs") as progress:
             return generate(
                 self.config.generate,
                 self.at.folder("prepare"),
                 folder,
-                num_workers=self.config.resources.generate_workers,
-                search_actors=self.config.resources.search_actors,
+                num_workers=resources.generate_workers,
+                search_actors=resources.search_actors,
+                writers=Workers(resources.write_actors, resources.cpus_per_write_actor, resources.gpus_per_write_actor),
                 progress=progress,
             )
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from relevance_ray.config import Config
-from relevance_ray.engines.registry import check_engine
+from relevance_ray.engines.registry import check_engine, check_generator
 from relevance_ray.errors import UserError
 from relevance_ray.lease import Lease
 from relevance_ray.models import check_layers, resolve_model
@@ -140,7 +140,10 @@ class Chain:
         pending = {step for step, state, _ in self.at.plan(until) if state != "done"}
         for step in steps:
             if step in pending:
-                check_resources(*config.resources.needed(step), num_cpus=config.resources.num_cpus)
+                for demand in config.resources.needed(step, config.generate.uses_llm):
+                    check_resources(demand, config.resources.num_cpus)
+        if "generate" in pending and config.generate.uses_llm:
+            check_generator(config.generate.llm, "generate.llm")
         if "label" in pending:
             check_engine(config.label)
         for model, num_layers in self._models(steps):

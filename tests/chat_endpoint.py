@@ -21,12 +21,19 @@ Fault = Callable[[dict[str, Any], int], "tuple[int, dict[str, str]] | None"]
 class ChatEndpoint:
     """Serves while it is entered.
 
+    Args:
+        fault: which requests are refused.
+        delay: seconds before each answer.
+        write: what is answered to the last message where no grade is asked for; by default that message.
+
     Attributes:
         requests: every body that came.
         most_at_once: the most requests that were under way together.
     """
 
-    def __init__(self, fault: Fault | None = None, delay: float = 0.0) -> None:
+    def __init__(
+        self, fault: Fault | None = None, delay: float = 0.0, write: Callable[[str], str] | None = None
+    ) -> None:
         self.requests: list[dict[str, Any]] = []
         self.times: list[float] = []
         self.most_at_once = 0
@@ -56,6 +63,8 @@ class ChatEndpoint:
                     self.close_connection = True  # a connection lost without an answer
                     return
                 status, headers, answer = (200, {}, _answer(body)) if refusal is None else (*refusal, _refused(refusal))
+                if write is not None and refusal is None:
+                    answer["choices"][0]["message"]["content"] = write(body["messages"][-1]["content"])
                 data = json.dumps(answer).encode()
                 self.send_response(status)
                 for name, value in {

@@ -4,6 +4,7 @@
     postings/00000.json, postings/00000/ ...                           BM25, a shard each
     lexicon.json, lexicon/                                             the word counts of the whole catalog
     vectors/00000/                                                     rows and parts of the dense vectors, a shard each
+    written/part-000000.parquet ...                                    queries that a language model wrote
     pool.json, pool/groups.arrow                                       the queries of the run
 
 All of it is made anew from the prepared data where it is missing, and counts once its JSON file is there, so that a
@@ -14,16 +15,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from relevance_ray.data.prepare import iter_products, read_judged, read_queries
 from relevance_ray.data.splits import LeakGuard
+from relevance_ray.engines.generation import TextGenerator
 from relevance_ray.generate.arrays import npy_bytes
 from relevance_ray.generate.catalog import COLUMNS, Catalog, ProductFile, build_catalog, products_file, search_text
 from relevance_ray.generate.dense import VECTORS_PER_PART, part_name, sample_rows
@@ -39,8 +43,10 @@ from relevance_ray.generate.queries import (
     read_pairs,
     title_queries,
 )
-from relevance_ray.generate.search import ShardSearch
+from relevance_ray.generate.search import CatalogSearch, ShardSearch, in_order
 from relevance_ray.generate.titles import TitleProduct
+from relevance_ray.generate.writing import PROMPTS
+from relevance_ray.generate.written import WrittenPlan, round_trip, write_part, written_queries
 from relevance_ray.schema import normalize_query
 from relevance_ray.storage import (
     content_id,
@@ -52,10 +58,12 @@ from relevance_ray.storage import (
     makedirs,
     publish_folder,
     read_json,
+    read_table,
     remove_file,
     remove_tree,
     write_bytes,
     write_json,
+    write_table,
 )
 from relevance_ray.tokens import tokenize
 
@@ -63,9 +71,13 @@ _STAGING = ".making-"
 _SEARCHED = ["title", "brand", "color", "category"]
 
 
+WriteParts = Callable[[Sequence[int]], None]
+
+
 def file_contents(options: GenerateOptions) -> list[list[str]]:
-    """What the files that the options name hold, for fingerprints."""
-    return [[key, content_id(path)] for key, path in options.files.items()]
+    """What the files that the options name hold, and which prompts are used, for fingerprints."""
+    prompts = [["prompts", PROMPTS]] if options.uses_llm else []
+    return [[key, content_id(path)] for key, path in options.files.items()] + prompts
 
 
 class Index:
@@ -183,14 +195,45 @@ class Index:
         path = join(self.root, "vectors", f"{shard:05d}", part_name(part))
         write_bytes(path, npy_bytes(vectors.astype(np.float32)))
 
-    def search(self, shards: Sequence[int]) -> ShardSearch:
+    def search(self, shards: Sequence[int], *, dense: bool) -> ShardSearch:
         """Some shards, mapped into this process."""
-        return ShardSearch(shards, self.locate, dense=self.options.uses_dense)
+        return ShardSearch(shards, self.locate, dense=dense)
+
+    # Written queries
+
+    @functools.cached_property
+    def written_plan(self) -> WrittenPlan:
+        return WrittenPlan(self.options, self.catalog)
+
+    def write_queries(self, part: int, generator: TextGenerator) -> None:
+        """Ask the products of a part, and keep what came of it."""
+        table = write_part(self.written_plan, part, self._products, generator, self.options)
+        write_table(join(self.root, "written", _written_file(part)), table)
+
+    def _read_written(self, write: WriteParts, parts: Sequence[int]) -> Iterator[pa.Table]:
+        there = set(listdir(join(self.root, "written")))
+        if missing := [part for part in parts if _written_file(part) not in there]:
+            write(missing)
+        for part in parts:
+            yield read_table(join(self.root, "written", _written_file(part)))
+
+    def _written_queries(self, write: WriteParts, search: CatalogSearch, counts: PoolCounts) -> Iterator[PoolQuery]:
+        options = self.options
+        share = options.weight("llm") / sum(options.weight(source) for source in options.sources)
+        wanted = math.ceil(options.num_pairs / options.candidates_per_query * share)
+        read = functools.partial(self._read_written, write)
+        finds = round_trip(self.catalog, self.lexicon, search, options.llm.round_trip_depth)
+        return written_queries(read, self.written_plan.num_parts, wanted, finds, options, counts)
 
     # The pool
 
-    def build_pool(self) -> PoolSummary:
-        """The queries of this run: what is there where it was made for as many pairs, else made anew."""
+    def build_pool(self, write: WriteParts, open_search: Callable[[Index], CatalogSearch]) -> PoolSummary:
+        """The queries of this run: what is there where it was made for as many pairs, else made anew.
+
+        Args:
+            write: has a language model write some parts of queries.
+            open_search: what these are checked by.
+        """
         place = join(self.root, "pool.json")
         if exists(place):
             known = PoolSummary(**read_json(place))
@@ -200,7 +243,7 @@ class Index:
         prepared = localize(self._prepared_dir)
         held_out = [read_judged(prepared, split)["query"].to_pylist() for split in ("dev", "test")]
         guard = LeakGuard([query for queries in held_out for query in queries])
-        stream = mix(list(self._sources(prepared)), guard, counts)
+        stream = mix(list(self._sources(prepared, write, open_search, counts)), guard, counts)
         if self.options.engine_file:
             stream = self._with_engine_rows(stream)
         group_size = min(self.options.candidates_per_query, self.catalog.num_distinct)
@@ -212,7 +255,9 @@ class Index:
             remove_file(place)
         return summary
 
-    def _sources(self, prepared: Path) -> Iterator[tuple[float, Iterator[PoolQuery]]]:
+    def _sources(
+        self, prepared: Path, write: WriteParts, open_search: Callable[[Index], CatalogSearch], counts: PoolCounts
+    ) -> Iterator[tuple[float, Iterator[PoolQuery]]]:
         options, catalog = self.options, self.catalog
         for source in options.sources:
             weight = options.weight(source)
@@ -220,8 +265,9 @@ class Index:
                 log = read_queries(prepared)
                 yield weight, log_queries(log, options.seed, options.frequency_power, options.log_bands)
             elif source == "titles":
-                titles = _Titles([self.product_file(shard) for shard in range(catalog.num_shards)], catalog.starts)
-                yield weight, title_queries(catalog.keys, titles.read, _shared_words(self.lexicon), options)
+                yield weight, title_queries(catalog.keys, self._titles, _shared_words(self.lexicon), options)
+            elif source == "llm":
+                yield weight, self._written_queries(write, open_search(self), counts)
             else:
                 yield weight, file_queries(options.pairs_file, self._product_ids(), options)
 
@@ -231,6 +277,21 @@ class Index:
             _, ranked = found.get(normalize_query(query.query), ("", []))
             yield replace(query, engine_rows=tuple(row for row, _ in ranked))
 
+    def _products(self, rows: np.ndarray, columns: Sequence[str] = COLUMNS) -> pa.Table:
+        """The products of catalog rows, in their order."""
+        owner = np.searchsorted(self.catalog.starts, rows, side="right") - 1
+        pieces = [
+            self.product_file(int(shard)).take(rows[owner == shard] - self.catalog.starts[shard], columns)
+            for shard in np.unique(owner)
+        ]
+        return in_order(pieces, np.argsort(owner, kind="stable"))
+
+    def _titles(self, rows: np.ndarray) -> list[tuple[TitleProduct, str | None]]:
+        names = ["product_id", "title", "brand", "color", "category", "locale"]
+        taken = self._products(rows, names)
+        columns = [taken[name].to_pylist() for name in names]
+        return [(TitleProduct(*texts), locale) for *texts, locale in zip(*columns, strict=True)]
+
     def _product_ids(self) -> list[str]:
         files = map(self.product_file, range(self.catalog.num_shards))
         return [
@@ -238,24 +299,8 @@ class Index:
         ]
 
 
-class _Titles:
-    """The texts that queries are cut from, by catalog row."""
-
-    _NAMES = ("product_id", "title", "brand", "color", "category")
-
-    def __init__(self, files: Sequence[ProductFile], starts: np.ndarray) -> None:
-        self._files, self._starts = files, starts
-
-    def read(self, rows: np.ndarray) -> list[tuple[TitleProduct, str | None]]:
-        owner = np.searchsorted(self._starts, rows, side="right") - 1
-        out: list[tuple[TitleProduct, str | None] | None] = [None] * len(rows)
-        for shard in np.unique(owner):
-            places = np.flatnonzero(owner == shard)
-            taken = self._files[shard].take(rows[places] - self._starts[shard], [*self._NAMES, "locale"])
-            columns = [taken[name].to_pylist() for name in (*self._NAMES, "locale")]
-            for place, (*texts, locale) in zip(places.tolist(), zip(*columns, strict=True), strict=True):
-                out[place] = (TitleProduct(*texts), locale)
-        return out  # type: ignore[return-value]
+def _written_file(part: int) -> str:
+    return f"part-{part:06d}.parquet"
 
 
 def _shared_words(lexicon: Lexicon) -> Any:

@@ -11,23 +11,20 @@ from __future__ import annotations
 
 import hashlib
 
-import numpy as np
 from datasketch import MinHash
 
+from relevance_ray.generate.keys import NumberSet
 from relevance_ray.schema import normalize_query
 
 NUM_HASHES = 64
 _SHINGLE = 3
-_MERGE_SHARE = 32
-_MERGE_AT_LEAST = 4096
-"""New keys wait in a set until they are so many, or that part of the array: merging copies it."""
 
 
 class NearDuplicates:
     """Remembers the queries it took.
 
-    It takes 8 bytes a band for each query, and a quarter more for the keys that wait: at a similarity of 0.8, of 6 bands, 60
-    bytes a query, and twice that while they are merged. A query takes some 80 microseconds. Keys are the same in every
+    It takes 10 bytes a band for each query: at a similarity of 0.8, of 6 bands, 60 bytes, and twice that while keys are
+    merged. A query takes some 80 microseconds. Keys are the same in every
     process.
 
     Args:
@@ -42,8 +39,7 @@ class NearDuplicates:
         self.num_bands, self.num_rows = min(shapes, key=lambda shape: abs(_even_chance(*shape) - max_similarity))
         self._sketch = MinHash(num_perm=NUM_HASHES, seed=1, scheme="affine32")
         self._salts = [bytes([band]) for band in range(self.num_bands)]
-        self._sorted = np.zeros(0, dtype=np.uint64)
-        self._waiting: set[int] = set()
+        self._taken = NumberSet()
         self._num_taken = 0
 
     def __len__(self) -> int:
@@ -52,26 +48,15 @@ class NearDuplicates:
 
     @property
     def num_bytes(self) -> int:
-        """Of the sorted array and, at 80 bytes a key, of those that wait."""
-        return self._sorted.nbytes + 80 * len(self._waiting)
+        return self._taken.num_bytes
 
     def is_new(self, query: str) -> bool:
         """Whether no query like it was taken; if so, it is taken."""
         keys = self._keys(query)
-        if not self._waiting.isdisjoint(keys):
+        if self._taken.holds_any(keys):
             return False
-        if len(self._sorted):
-            wanted = np.asarray(keys, dtype=np.uint64)
-            places = np.searchsorted(self._sorted, wanted).clip(max=len(self._sorted) - 1)
-            if (self._sorted[places] == wanted).any():
-                return False
-        self._waiting.update(keys)
+        self._taken.update(keys)
         self._num_taken += 1
-        if len(self._waiting) >= max(_MERGE_AT_LEAST, len(self._sorted) // _MERGE_SHARE):
-            waiting = np.fromiter(self._waiting, dtype=np.uint64, count=len(self._waiting))
-            # The stable sort finds the two sorted runs and merges them.
-            self._sorted = np.sort(np.concatenate([self._sorted, np.sort(waiting)]), kind="stable")
-            self._waiting.clear()
         return True
 
     def _keys(self, query: str) -> list[int]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from relevance_ray.generate.writer_options import WriterOptions
 from relevance_ray.options import STRICT, option
 
-Source = Literal["log", "titles", "file"]
-SOURCES: tuple[Source, ...] = ("log", "titles", "file")
+Source = Literal["log", "titles", "llm", "file"]
+SOURCES: tuple[Source, ...] = ("log", "titles", "llm", "file")
 STOPWORDS = {
     "da": "DANISH",
     "de": "GERMAN",
@@ -44,7 +45,7 @@ class GenerateOptions:
     source: Source | list[Source] = option(
         ["log", "titles"],
         "where queries come from: log (the query log and the judged train queries), titles (cut from product titles), "
-        "file (your own pairs); a list mixes them",
+        "llm (written by a language model from a product), file (your own pairs); a list mixes them",
     )
     source_weights: dict[str, float] = option(
         {}, "share of each source in a mix, by name (default 1 each); where one runs out the others go on"
@@ -54,6 +55,7 @@ class GenerateOptions:
         "for source file: Parquet, CSV or JSON lines with columns query, product_id and, optionally, rank",
         operational=True,
     )
+    llm: WriterOptions = option(WriterOptions(), "source llm: the model, what it is asked for, and what is refused")
     log_bands: dict[str, float] = option(
         {},
         "shares of the log's queries by band (head, torso, tail: the queries that make up the first, second and last "
@@ -139,6 +141,8 @@ class GenerateOptions:
             raise ValueError(f"source_weights names {strangers[0]!r}, which is not in source {list(self.sources)}")
         if ("file" in self.sources) != bool(self.pairs_file):
             raise ValueError("source file and pairs_file go together: set both or neither")
+        if self.llm != WriterOptions() and not self.uses_llm:
+            raise ValueError("llm is only read with source llm; name it in source or remove the section")
         if (self.quotas.get("engine", 0) > 0) != bool(self.engine_file):
             raise ValueError("a quota for engine and engine_file go together: set both or neither")
 
@@ -155,6 +159,10 @@ class GenerateOptions:
         """The files that are read besides the prepared data, by their keys."""
         named = {"pairs_file": self.pairs_file, "engine_file": self.engine_file}
         return {key: path for key, path in named.items() if path}
+
+    @property
+    def uses_llm(self) -> bool:
+        return "llm" in self.sources
 
     @property
     def uses_dense(self) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -31,6 +32,15 @@ OpenSearch = Callable[[Index], CatalogSearch]
 
 EMBEDDED_TOKENS = 64
 """What of a text the dense candidates see: product titles rarely go further, and marketing text that does is slow."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """A pool of actors: how many, and CPUs and GPUs of each."""
+
+    count: int
+    cpus: float = 1
+    gpus: float = 0
 
 
 class PostingsWriter:
@@ -56,6 +66,32 @@ class VectorWriter:
             texts = self._index.vector_texts(int(shard), int(part))
             self._index.write_vectors(int(shard), int(part), self._embed(texts))
         return {"part": [int(part) for part in batch["part"]]}
+
+
+class QueryWriter:
+    """The actor whose language model writes a part of the queries at a time.
+
+    What the user must mend is told as a row: an exception would come out of Ray without its kind.
+    """
+
+    def __init__(self, index: Index) -> None:
+        from relevance_ray.engines.registry import open_generator
+
+        self._index, self._refusal = index, ""
+        try:
+            self._generator = open_generator(index.options.llm, "generate.llm")
+        except UserError as error:
+            self._refusal = str(error)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
+        return {"refusal": [self._refusal or self._write(int(part)) for part in batch["part"]]}
+
+    def _write(self, part: int) -> str:
+        try:
+            self._index.write_queries(part, self._generator)
+        except UserError as error:
+            return str(error)
+        return ""
 
 
 class ShardWriter:
@@ -87,16 +123,16 @@ class ShardWriter:
 class SearchActor:
     """The actor that holds some shards of the catalog for all workers."""
 
-    def __init__(self, index: Index, shards: Sequence[int]) -> None:
-        self._search = index.search(shards)
+    def __init__(self, index: Index, shards: Sequence[int], dense: bool) -> None:
+        self._search = index.search(shards, dense=dense)
 
     def call(self, method: str, *arguments: Any) -> Any:
         return getattr(self._search, method)(*arguments)
 
 
-def open_whole(index: Index) -> CatalogSearch:
+def open_whole(index: Index, *, dense: bool) -> CatalogSearch:
     """The whole catalog, mapped into this process."""
-    return index.search(range(index.catalog.num_shards))
+    return index.search(range(index.catalog.num_shards), dense=dense)
 
 
 def open_spread(parts: Sequence[tuple[Sequence[int], Any]], index: Index) -> CatalogSearch:
@@ -109,18 +145,19 @@ def open_spread(parts: Sequence[tuple[Sequence[int], Any]], index: Index) -> Cat
 
 
 @contextlib.contextmanager
-def spread(index: Index, num_actors: int) -> Iterator[OpenSearch]:
-    """How workers search: in their own process, or, with `num_actors`, in actors that share the catalog's shards."""
+def spread(index: Index, num_actors: int, *, dense: bool) -> Iterator[OpenSearch]:
+    """How workers search: in their own process, or, with `num_actors`, in actors that share the catalog's shards; `dense`
+    where there are vectors."""
     import ray
 
     size = min(num_actors, index.catalog.num_shards)
     if size == 0:
-        yield open_whole
+        yield partial(open_whole, dense=dense)
         return
     # An actor that dies with its node is started on another, and what was asked of it is asked again.
     remote = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=-1)(SearchActor)
     shares = [range(first, index.catalog.num_shards, size) for first in range(size)]
-    actors = [remote.remote(index, list(shards)) for shards in shares]
+    actors = [remote.remote(index, list(shards), dense) for shards in shares]
     try:
         yield partial(open_spread, list(zip(shares, actors, strict=True)))
     finally:
@@ -146,6 +183,7 @@ def generate(
     *,
     num_workers: int = 1,
     search_actors: int = 0,
+    writers: Workers | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Generate the groups of a run into `out_dir`; ray must be initialised, and the caller hold the lease on the root.
@@ -156,6 +194,7 @@ def generate(
         num_workers: actors, of one CPU each, that index and embed products and generate shards.
         search_actors: actors, of one CPU each, that hold the catalog's shards between them; 0: every worker maps the
             whole catalog.
+        writers: actors with a language model, for queries of source llm; one of one CPU by default.
         progress: counts pairs.
 
     Returns:
@@ -164,7 +203,7 @@ def generate(
 
     Raises:
         UserError: `num_pairs` cannot be met within 1%, a bad pairs file, an empty catalog, a folder made with other
-            options.
+            options, a language model that cannot be had.
     """
     progress = progress or Progress("generate", unit="pairs")
     log = CommitLog(out_dir)
@@ -180,22 +219,25 @@ def generate(
     progress.update(stage="catalog")
     index.build_catalog()
     postings = [{"shard": shard} for shard in index.missing_postings()]
-    _run_stage(progress, "words", postings, PostingsWriter, index, num_workers)
+    workers = Workers(num_workers)
+    _run_stage(progress, "words", postings, PostingsWriter, index, workers)
     index.build_lexicon()
     progress.update(stage="queries")
-    pool = index.build_pool()
+    write = partial(_write_queries, progress, index, writers or Workers(1))
+    with spread(index, search_actors if options.uses_llm else 0, dense=False) as open_search:
+        pool = index.build_pool(write, open_search)
     committed = log.committed()
     missing = plan_ranges(pool.groups, options.groups_per_shard, map(shard_range, committed))
     if missing and options.uses_dense:
         parts = [{"shard": shard, "part": part} for shard, part in index.missing_vectors()]
-        _run_stage(progress, "vectors", parts, VectorWriter, index, num_workers)
+        _run_stage(progress, "vectors", parts, VectorWriter, index, workers)
     there = [record["pairs"] for name, record in committed.items() if shard_range(name)[0] < pool.groups]
     progress.restart(sum(there))
     progress.update(total=pool.pairs, stage="groups")
     if missing:
         rows = [{"start": start, "stop": stop} for start, stop in missing]
-        with spread(index, search_actors) as open_search:
-            for row in _run(rows, ShardWriter, (index, out_dir, key, open_search), num_workers, search_actors):
+        with spread(index, search_actors, dense=options.uses_dense) as open_search:
+            for row in _run(rows, ShardWriter, (index, out_dir, key, open_search), workers, search_actors):
                 progress.advance(int(row["pairs"]))
     summary = _summary(log, pool, len(there))
     if abs(summary["pairs"] - options.num_pairs) > 0.01 * options.num_pairs:
@@ -206,32 +248,41 @@ def generate(
     return summary
 
 
+def _write_queries(progress: Progress, index: Index, writers: Workers, parts: Sequence[int]) -> None:
+    """Have some parts of the queries written. Raises `UserError` for what the user must mend; what is written stays."""
+    _run_stage(progress, "writing", [{"part": part} for part in parts], QueryWriter, index, writers)
+    progress.update(stage="queries")
+
+
 def _run_stage(
-    progress: Progress, stage: str, items: Sequence[Mapping[str, int]], actor: type, index: Index, num_workers: int
+    progress: Progress, stage: str, items: Sequence[Mapping[str, int]], actor: type, index: Index, workers: Workers
 ) -> None:
     """Make what the index lacks of one kind, counted on the live line."""
     if not items:
         return
     progress.update(stage=f"{stage} 0/{len(items)}")
-    for count, _ in enumerate(_run(items, actor, (index,), num_workers), start=1):
+    for count, row in enumerate(_run(items, actor, (index,), workers), start=1):
+        if row.get("refusal"):
+            raise UserError(row["refusal"])
         progress.update(stage=f"{stage} {count}/{len(items)}")
 
 
 def _run(
-    items: Sequence[Mapping[str, int]], actor: type, arguments: tuple[Any, ...], num_workers: int, taken_cpus: int = 0
+    items: Sequence[Mapping[str, int]], actor: type, arguments: tuple[Any, ...], workers: Workers, taken_cpus: int = 0
 ) -> Iterator[Mapping[str, Any]]:
     """The items through a pool of actors, in any order. No more actors than CPUs: a pool that waits for actors which no
     node can hold would never start."""
     import ray
 
     cpus = int(ray.cluster_resources().get("CPU", 1)) - taken_cpus
-    size = max(1, min(num_workers, cpus, len(items)))
+    size = max(1, min(workers.count, int(cpus / workers.cpus), len(items)))
     dataset = ray.data.from_items(list(items), override_num_blocks=min(len(items), 1000)).map_batches(
         actor,
         fn_constructor_args=arguments,
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=2),
-        num_cpus=1,
+        num_cpus=workers.cpus,
+        num_gpus=workers.gpus,
     )
     yield from dataset.iter_rows()
 

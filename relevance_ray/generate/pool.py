@@ -42,7 +42,7 @@ class PoolSummary:
         groups: its rows.
         pairs: products of all groups.
         sources: groups by query source.
-        left_out: queries by reason and source.
+        left_out: queries by reason and source; `refused`: answers of the language model by reason.
     """
 
     asked: int
@@ -94,7 +94,7 @@ def write_pool(
         writer.write_batch(pa.RecordBatch.from_pylist(block, schema=POOL))
     if abs(total - num_pairs) > 0.01 * num_pairs:
         raise UserError(_refusal(num_pairs, groups, total, before, group_size, counts))
-    left_out = {"repeats": dict(counts.repeats), "leaks": dict(counts.leaks)}
+    left_out = {"repeats": dict(counts.repeats), "leaks": dict(counts.leaks), "refused": dict(counts.refused)}
     return PoolSummary(num_pairs, groups, total, dict(sources), left_out)
 
 
@@ -114,13 +114,14 @@ def _rows(stream: Iterable[PoolQuery]) -> Iterator[dict]:
 
 def _refusal(num_pairs: int, groups: int, total: int, before: int, group_size: int, counts: PoolCounts) -> str:
     if max(total, before) < num_pairs:
+        refused = f", {counts.refused.total():,} answers of the language model refused" if counts.refused else ""
         left_out = (
             f"{counts.repeats.total():,} repeats and {counts.leaks.total():,} near-duplicates of held-out queries"
         )
         return (
             f"generate.num_pairs {num_pairs:,} cannot be met: the sources hold {groups:,} groups with {total:,} pairs "
-            f"({left_out} left out); lower generate.num_pairs to {total}, raise generate.candidates_per_query or add to "
-            f"generate.source"
+            f"({left_out} left out{refused}); lower generate.num_pairs to {total}, raise generate.candidates_per_query "
+            f"or add to generate.source"
         )
     choices = " or ".join(str(count) for count in sorted({before, total}) if count)
     return (

@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from relevance_ray.data.splits import LeakGuard
 from relevance_ray.errors import UserError
-from relevance_ray.generate.keys import KeySet
+from relevance_ray.generate.keys import TextSet
 from relevance_ray.generate.options import BANDS, GenerateOptions
 from relevance_ray.generate.stable import hash_seed, shuffled
 from relevance_ray.generate.titles import MAX_ROUNDS, TitleProduct, cut_query, draws
@@ -49,10 +49,11 @@ class PoolQuery:
 
 @dataclass
 class PoolCounts:
-    """What the stream left out while it was read."""
+    """What the stream left out while it was read: by source, and of written queries by reason."""
 
     leaks: Counter[str] = field(default_factory=Counter)
     repeats: Counter[str] = field(default_factory=Counter)
+    refused: Counter[str] = field(default_factory=Counter)
 
 
 def query_key(query: str) -> str:
@@ -205,7 +206,7 @@ def mix(
     Of two queries with the same words the first one stays; queries of a pairs file, whose products would be lost, go
     before all others.
     """
-    seen = KeySet()
+    seen = TextSet()
     streams: list[tuple[float, Iterator[PoolQuery]]] = []
     for weight, queries in sources:
         iterator = iter(queries)
@@ -223,7 +224,7 @@ def mix(
 
 
 def _without_known(
-    queries: Iterator[PoolQuery], seen: KeySet, guard: LeakGuard, counts: PoolCounts
+    queries: Iterator[PoolQuery], seen: TextSet, guard: LeakGuard, counts: PoolCounts
 ) -> Iterator[PoolQuery]:
     for query in queries:
         key = query_key(query.query)

@@ -70,7 +70,7 @@ class ShardSearch:
         pieces = [
             self._products[int(shard)].take(rows[owner == shard] - self._starts[shard]) for shard in np.unique(owner)
         ]
-        return _in_order(pieces, order)
+        return in_order(pieces, order)
 
 
 class SpreadSearch:
@@ -101,7 +101,7 @@ class SpreadSearch:
         owner = self._part_of[np.searchsorted(self._starts, rows, side="right") - 1]
         order = np.argsort(owner, kind="stable")
         futures = [self._calls[part]("products", rows[owner == part]) for part in np.unique(owner)]
-        return _in_order([future.result() for future in futures], order)
+        return in_order([future.result() for future in futures], order)
 
     def _merged(self, method: str, *arguments: object) -> list[Top]:
         futures = [call(method, *arguments) for call in self._calls]
@@ -111,7 +111,7 @@ class SpreadSearch:
         return [merge(tops, depth) for tops in zip(*found, strict=True)]
 
 
-def _in_order(pieces: Sequence[pa.Table], order: np.ndarray) -> pa.Table:
+def in_order(pieces: Sequence[pa.Table], order: np.ndarray) -> pa.Table:
     """Tables whose rows, one after the other, belong at the places `order`, put there."""
     back = np.empty(len(order), dtype=np.int64)
     back[order] = np.arange(len(order))
