@@ -33,10 +33,10 @@ from labeling_memory import memory
 from relevance_ray.data.prepare import prepare
 from relevance_ray.data.source import DataOptions
 from relevance_ray.generate.catalog import search_text
-from relevance_ray.generate.index import Index
+from relevance_ray.generate.index import CatalogIndex
 from relevance_ray.generate.options import QUOTAS, GenerateOptions
 from relevance_ray.generate.pipeline import generate, open_embedder, open_whole
-from relevance_ray.generate.pool import PoolFile
+from relevance_ray.generate.query_store import QueryStore
 from relevance_ray.generate.shards import ShardContext, generate_shard
 from relevance_ray.ray_session import ray_session
 
@@ -91,7 +91,7 @@ def in_process(work: Callable[..., Any], *arguments: Any) -> Any:
         return pool.apply(work, arguments)
 
 
-def build_peer(index: Index, folder: Path) -> None:
+def build_peer(index: CatalogIndex, folder: Path) -> None:
     import bm25s
 
     texts: list[str] = []
@@ -104,12 +104,12 @@ def build_peer(index: Index, folder: Path) -> None:
     retriever.save(folder, show_progress=False)
 
 
-def rates(index: Index, peer: Path) -> tuple[list[float], list[float]]:
+def rates(store: QueryStore, peer: Path) -> tuple[list[float], list[float]]:
     """Pairs a second of one core, ours and the peer's, alternating over stretches of the same queries."""
     import bm25s
 
+    index, read = store.index, store.read_pool().read
     options = index.options
-    read = PoolFile(index.locate("pool/groups.arrow")).read
     context = ShardContext(
         options,
         index.catalog,
@@ -154,9 +154,10 @@ def main() -> None:
     for times in (1, 10):
         runs.append(measure(times * pairs, prepared, work / f"generate-{times}", arguments.dense))
         print(json.dumps({name: round(value, 3) for name, value in runs[-1].items()}), flush=True)
-    index = Index(options_for(10 * pairs, arguments.dense), str(prepared), str(work / "generate-10"))
+    out = work / "generate-10"
+    index = CatalogIndex(options_for(10 * pairs, arguments.dense), str(prepared), str(out / "index"))
     in_process(build_peer, index, work / "bm25s")
-    ours, others = in_process(rates, index, work / "bm25s")
+    ours, others = in_process(rates, QueryStore(index, str(prepared), str(out)), work / "bm25s")
     small, large = runs
     per_pair = max(0.0, large["peak_gb"] - small["peak_gb"]) / (large["pairs"] - small["pairs"])
     rate, other = statistics.median(ours), statistics.median(others)

@@ -13,12 +13,13 @@ from typing import Any
 
 from relevance_ray.config import Config
 from relevance_ray.errors import UserError
-from relevance_ray.generate.index import file_contents
+from relevance_ray.generate.index import index_options
+from relevance_ray.generate.query_store import file_contents
 from relevance_ray.labeling.pipeline import Shard, shards_to_label
 from relevance_ray.options import semantic
 from relevance_ray.storage import CommitLog, content_id, exists, fingerprint, is_remote, join, listdir, read_json
 
-VERSIONS = {"prepare": 2, "train-teacher": 2, "generate": 4, "label": 1, "train-student": 1, "evaluate": 2}
+VERSIONS = {"prepare": 2, "train-teacher": 3, "generate": 4, "label": 1, "train-student": 1, "evaluate": 3}
 """Raised when a step's code comes to give other results from the same input."""
 
 STEPS = tuple(VERSIONS)
@@ -103,6 +104,11 @@ class StepFolders:
 
     def folder(self, step: str) -> str:
         return join(self.root, f"{step}-{self.key(step)}")
+
+    def index(self) -> str:
+        """The folder of the catalog's index, which other quotas, queries and numbers of pairs share."""
+        key = fingerprint("index", VERSIONS["generate"], self.key("prepare"), index_options(self.config.generate))
+        return join(self.root, f"index-{key}")
 
     def teacher(self) -> str | None:
         """The model folder that labels: the one trained here, the one given, or none."""

@@ -145,6 +145,7 @@ class StepWork:
                 self.config.generate,
                 self.at.folder("prepare"),
                 folder,
+                index_dir=self.at.index(),
                 num_workers=resources.generate_workers,
                 search_actors=resources.search_actors,
                 writers=Workers(resources.write_actors, resources.cpus_per_write_actor, resources.gpus_per_write_actor),

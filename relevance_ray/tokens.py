@@ -1,6 +1,7 @@
 """The words of a text, in any script: what BM25 counts, and what queries are compared by.
 
-Runs of letters, marks and digits are words, NFKC and casefolded. Scripts that put no spaces between words (Han, Kana, Thai
+Runs of letters, marks and digits are words, NFKC and casefolded, Latin letters without their accents, which shoppers leave
+out. Scripts that put no spaces between words (Han, Kana, Thai
 and their like) give overlapping pairs of characters instead, as Lucene's CJKAnalyzer does: no dictionary, and a query finds
 the titles that hold its characters side by side.
 """
@@ -17,6 +18,7 @@ UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}ã
 
 _RUN = regex.compile(rf"(?P<unspaced>(?:[{UNSPACED}]\p{{M}}*)+)|(?:(?![{UNSPACED}])[\w\p{{M}}])+")
 _ASCII_RUN = re.compile(r"\w+")
+_ACCENTS = regex.compile(r"(?<=\p{Latin}\p{Mn}*)\p{Mn}")
 
 
 def tokenize(text: str) -> list[str]:
@@ -24,6 +26,8 @@ def tokenize(text: str) -> list[str]:
     normal = unicodedata.normalize("NFKC", text).casefold()
     if normal.isascii():
         return _ASCII_RUN.findall(normal)
+    plain = _ACCENTS.sub("", unicodedata.normalize("NFD", normal))
+    normal = unicodedata.normalize("NFC", plain)
     out: list[str] = []
     for found in _RUN.finditer(normal):
         run = found[0]

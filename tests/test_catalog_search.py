@@ -177,6 +177,7 @@ def test_words_of_spaceless_scripts_are_pairs_of_characters() -> None:
     assert tokenize("USB-C 充電器 65W") == ["usb", "c", "充電", "電器", "65w"]
     assert tokenize("Straße, ＡＢＣ!") == ["strasse", "abc"]
     assert tokenize("靴") == ["靴"]
+    assert tokenize("Lámpara Ñandú Škoda が й") == ["lampara", "nandu", "skoda", "が", "й"]
     assert tokenize("") == []
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +154,64 @@ def test_groups_depend_on_no_shard_of_the_catalog(tmp_path: Path, ray_cluster: N
     lamp = next(group for group in found[0] if group["query"] == "red desk lamp")
     of_engine = [p["product_id"] for p in lamp["products"] if p["origins"][0]["name"] == "engine"]
     assert of_engine == ["P1", "P9"]
+
+
+SPANISH = {
+    "Zapatillas de correr": ["Zapatillas de correr para hombre talla 42", "Zapatillas de correr niña rosa"],
+    "Lámparas": ["Lámpara de mesa táctil con luz cálida", "Lámpara de pie para salón"],
+}
+JAPANESE = {
+    "イヤホン": ["ワイヤレスイヤホン 防水 黒", "有線イヤホン マイク付き"],
+    "炊飯器": ["炊飯器 5.5合 圧力IH", "小型炊飯器 一人暮らし用 白"],
+}
+
+
+@pytest.mark.parametrize(
+    "titles, log, stopwords",
+    [
+        (SPANISH, {"zapatos correr nina": "Zapatillas de correr", "lampara de mesa": "Lámparas"}, ["es"]),
+        (JAPANESE, {"防水 イヤホン": "イヤホン", "炊飯器一人暮らし": "炊飯器", "ｲﾔﾎﾝ 有線": "イヤホン"}, []),
+    ],
+    ids=["spanish", "japanese"],
+)
+def test_groups_of_another_language_hold_what_a_shopper_would_find(
+    tmp_path: Path, ray_cluster: None, titles: dict[str, list[str]], log: dict[str, str], stopwords: list[str]
+) -> None:
+    products = [
+        {"product_id": f"{number}-{kind}", "title": f"{title} {number}", "category": kind, "brand": f"B{number % 3}"}
+        for kind, of_kind in titles.items()
+        for title in of_kind
+        for number in range(6)
+    ]
+    prepared = make_prepared(tmp_path / "prepare", products, list(log), [])
+    options = lexical_options(
+        num_pairs=80,
+        candidates_per_query=4,
+        quotas={"bm25": 2.0, "random": 2.0},
+        stopwords=stopwords,
+        min_title_words=1,
+    )
+    out = str(tmp_path / "generate")
+    summary = generate(options, str(prepared), out, num_workers=2)
+    assert summary["sources"]["log"] == len(log)
+    groups = pa.concat_tables([pq.read_table(path) for path in CommitLog(out).files()]).to_pylist()
+    cut = [group["query"] for group in groups if group["query_source"] == "titles"]
+    assert len(cut) == len(set(cut)) == 20 - len(log)
+    for group in groups:
+        if group["query_source"] == "log":
+            found = [p for p in group["products"] if p["origins"][0]["name"] == "bm25"]
+            assert [p["product_id"].split("-")[1] for p in found] == [log[group["query"]]] * 2
+
+
+def test_an_index_is_shared_by_all_that_is_generated_from_a_catalog(tmp_path: Path, ray_cluster: None) -> None:
+    prepared = make_prepared(tmp_path / "prepare", make_products(), ["red lamp"], [])
+    index = tmp_path / "index"
+    run = partial(generate, prepared_dir=str(prepared), index_dir=str(index))
+    run(lexical_options(num_pairs=64), out_dir=str(tmp_path / "one"))
+    made = {path: path.stat().st_mtime_ns for path in index.rglob("*")}
+    run(lexical_options(num_pairs=64, seed=5, quotas={"bm25": 1.0}), out_dir=str(tmp_path / "other"))
+    assert {path: path.stat().st_mtime_ns for path in index.rglob("*")} == made
+    assert not (tmp_path / "other" / "index").exists()
 
 
 def test_folder_of_other_options_is_refused(tmp_path: Path, ray_cluster: None) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,27 @@ def products_file(shard: int) -> str:
     return f"products-{shard:05d}.arrow"
 
 
+def in_order(pieces: Sequence[pa.Table], order: np.ndarray) -> pa.Table:
+    """Tables whose rows, one after the other, belong at the places `order`, put there."""
+    back = np.empty(len(order), dtype=np.int64)
+    back[order] = np.arange(len(order))
+    return pa.concat_tables(pieces).combine_chunks().take(pa.array(back))
+
+
+def take_rows(
+    open_file: Callable[[int], ProductFile], starts: np.ndarray, rows: np.ndarray, columns: Sequence[str] = COLUMNS
+) -> pa.Table:
+    """The products of catalog rows int64 [n], in their order.
+
+    Args:
+        open_file: the products of a shard.
+        starts: int64 [shards + 1], the first row of each shard.
+    """
+    owner = np.searchsorted(starts, rows, side="right") - 1
+    pieces = [open_file(int(shard)).take(rows[owner == shard] - starts[shard], columns) for shard in np.unique(owner)]
+    return in_order(pieces, np.argsort(owner, kind="stable"))
+
+
 class ProductFile:
     """The products of one shard of the catalog, memory-mapped."""
 
@@ -56,10 +77,8 @@ class ProductFile:
         for index in np.unique(owner):
             local = rows[order][owner[order] == index] - self._starts[index]
             pieces.append(self._reader.get_batch(int(index)).select(list(columns)).take(pa.array(local)))
-        back = np.empty(len(rows), dtype=np.int64)
-        back[order] = np.arange(len(rows))
         schema = pa.schema([_SCHEMA.field(name) for name in columns])
-        return pa.Table.from_batches(pieces, schema=schema).combine_chunks().take(pa.array(back))
+        return in_order([pa.Table.from_batches(pieces, schema=schema)], order)
 
 
 class Catalog:

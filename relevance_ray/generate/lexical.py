@@ -23,7 +23,7 @@ import numpy as np
 from relevance_ray.errors import UserError
 from relevance_ray.generate.arrays import mapped
 from relevance_ray.generate.options import STOPWORDS
-from relevance_ray.generate.tops import NOTHING, Top, best
+from relevance_ray.generate.tops import Top, best
 from relevance_ray.tokens import tokenize
 
 K1 = 1.2
@@ -160,33 +160,55 @@ class Postings:
 
     def top(self, query: LexicalQuery, depth: int) -> Top:
         """The best products of this shard; those without one of the query's words are left out."""
-        scores, touched = self._scores, []
+        found, scores = self._opened(query)
+        rest = list(zip(query.words, query.weights, strict=True))[query.num_open :]
+        if rest and len(found) > depth:
+            # What the other words can add, each less than its weight, does not lift a product above `depth` better ones.
+            reachable = np.partition(scores, -depth)[-depth] - sum(weight for _, weight in rest)
+            kept = scores >= reachable
+            found, scores = found[kept], scores[kept]
+        for word, weight in rest:
+            span = self._span(word)
+            rows = self._rows[span]
+            if len(rows) and len(found):
+                at = np.minimum(np.searchsorted(rows, found), len(rows) - 1)
+                hit = rows[at] == found
+                scores[hit] += self._added(weight, found[hit], self._counts[span][at[hit]])
+        top = best(found, scores, depth)
+        return Top(top.rows + self._first_row, top.scores)
+
+    def _opened(self, query: LexicalQuery) -> tuple[np.ndarray, np.ndarray]:
+        """The products that have one of the words that choose, uint32 [n], and what these words give them, float64 [n]."""
+        lists = []
         for word, weight in zip(query.words[: query.num_open], query.weights, strict=False):
-            rows, counts = self._postings(word)
+            span = self._span(word)
+            rows, counts = self._rows[span], self._counts[span]
             if query.stride > 1:
                 # Even the rarest word is everywhere: an even share of its products stands for all.
                 kept = self._keys[rows] % np.uint64(query.stride) == 0
                 rows, counts = rows[kept], counts[kept]
-            touched.append(rows[scores[rows] == 0.0])
-            scores[rows] += weight * (counts / (counts + self._norms[rows]))
-        found = np.concatenate(touched) if touched else np.empty(0, dtype=np.uint32)
-        if not len(found):
-            return NOTHING
-        for word, weight in zip(query.words[query.num_open :], query.weights[query.num_open :], strict=True):
-            rows, counts = self._postings(word)
             if len(rows):
-                at = np.minimum(np.searchsorted(rows, found), len(rows) - 1)
-                hit = rows[at] == found
-                matched, times = found[hit], counts[at[hit]]
-                scores[matched] += weight * (times / (times + self._norms[matched]))
-        top = best(found, scores[found], depth)
-        scores[found] = 0.0
-        return Top(top.rows + self._first_row, top.scores)
+                lists.append((rows, self._added(weight, rows, counts)))
+        if len(lists) < 2:
+            return lists[0] if lists else (np.empty(0, dtype=np.uint32), np.empty(0))
+        touched = []
+        for rows, added in lists:
+            before = self._scores[rows]
+            self._scores[rows] = before + added
+            touched.append(rows[before == 0.0])
+        found = np.concatenate(touched)
+        scores = self._scores[found]
+        self._scores[found] = 0.0
+        return found, scores
 
-    def _postings(self, word: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of this shard that have a word, and how often (float32)."""
+    def _added(self, weight: float, rows: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """What a word adds to the scores of products that have it so often, float64 [n]."""
+        times = counts.astype(np.float32)
+        return weight * (times / (times + self._norms[rows])).astype(np.float64)
+
+    def _span(self, word: int) -> slice:
+        """Where the postings of a word lie; nowhere, if no product of this shard has it."""
         at = int(np.searchsorted(self._words, np.uint64(word)))
         if at == len(self._words) or int(self._words[at]) != word:
-            return np.empty(0, dtype=np.uint32), np.empty(0, dtype=np.float32)
-        span = slice(int(self._starts[at]), int(self._starts[at + 1]))
-        return self._rows[span], self._counts[span].astype(np.float32)
+            return slice(0, 0)
+        return slice(int(self._starts[at]), int(self._starts[at + 1]))

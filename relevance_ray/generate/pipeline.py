@@ -18,17 +18,19 @@ from typing import Any
 import numpy as np
 
 from relevance_ray.errors import UserError
-from relevance_ray.generate.index import Index, file_contents
+from relevance_ray.generate.index import CatalogIndex
 from relevance_ray.generate.options import GenerateOptions
-from relevance_ray.generate.pool import PoolFile, PoolSummary
+from relevance_ray.generate.pool import PoolSummary
+from relevance_ray.generate.query_store import QueryStore, file_contents
 from relevance_ray.generate.search import CatalogSearch, SpreadSearch
 from relevance_ray.generate.shards import ShardContext, generate_shard, plan_ranges, shard_name, shard_range
+from relevance_ray.generate.staging import sweep_staging
 from relevance_ray.options import semantic
 from relevance_ray.progress import Progress
-from relevance_ray.storage import CommitLog, fingerprint
+from relevance_ray.storage import CommitLog, fingerprint, join
 
 Embed = Callable[[list[str]], np.ndarray]
-OpenSearch = Callable[[Index], CatalogSearch]
+OpenSearch = Callable[[CatalogIndex], CatalogSearch]
 
 EMBEDDED_TOKENS = 64
 """What of a text the dense candidates see: product titles rarely go further, and marketing text that does is slow."""
@@ -46,7 +48,7 @@ class Workers:
 class PostingsWriter:
     """The actor that indexes the words of one shard of the catalog at a time."""
 
-    def __init__(self, index: Index) -> None:
+    def __init__(self, index: CatalogIndex) -> None:
         self._index = index
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
@@ -58,7 +60,7 @@ class PostingsWriter:
 class VectorWriter:
     """The actor that embeds products, one part of the vectors at a time."""
 
-    def __init__(self, index: Index) -> None:
+    def __init__(self, index: CatalogIndex) -> None:
         self._index, self._embed = index, open_embedder(index.options)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
@@ -74,10 +76,10 @@ class QueryWriter:
     What the user must mend is told as a row: an exception would come out of Ray without its kind.
     """
 
-    def __init__(self, index: Index) -> None:
+    def __init__(self, index: CatalogIndex, queries: QueryStore) -> None:
         from relevance_ray.engines.registry import open_generator
 
-        self._index, self._refusal = index, ""
+        self._queries, self._refusal = queries, ""
         try:
             self._generator = open_generator(index.options.llm, "generate.llm")
         except UserError as error:
@@ -88,7 +90,7 @@ class QueryWriter:
 
     def _write(self, part: int) -> str:
         try:
-            self._index.write_queries(part, self._generator)
+            self._queries.write(part, self._generator)
         except UserError as error:
             return str(error)
         return ""
@@ -97,7 +99,9 @@ class QueryWriter:
 class ShardWriter:
     """The actor that generates and commits one shard of groups at a time."""
 
-    def __init__(self, index: Index, out_dir: str, key: str, open_search: OpenSearch) -> None:
+    def __init__(
+        self, index: CatalogIndex, queries: QueryStore, out_dir: str, key: str, open_search: OpenSearch
+    ) -> None:
         self._log, self._key = CommitLog(out_dir), key
         self._context = ShardContext(
             options=index.options,
@@ -105,7 +109,7 @@ class ShardWriter:
             lexicon=index.lexicon,
             search=open_search(index),
             embed=open_embedder(index.options) if index.options.uses_dense else None,
-            read_pool=PoolFile(index.locate("pool/groups.arrow")).read,
+            read_pool=queries.read_pool().read,
         )
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
@@ -123,19 +127,19 @@ class ShardWriter:
 class SearchActor:
     """The actor that holds some shards of the catalog for all workers."""
 
-    def __init__(self, index: Index, shards: Sequence[int], dense: bool) -> None:
+    def __init__(self, index: CatalogIndex, shards: Sequence[int], dense: bool) -> None:
         self._search = index.search(shards, dense=dense)
 
     def call(self, method: str, *arguments: Any) -> Any:
         return getattr(self._search, method)(*arguments)
 
 
-def open_whole(index: Index, *, dense: bool) -> CatalogSearch:
+def open_whole(index: CatalogIndex, *, dense: bool) -> CatalogSearch:
     """The whole catalog, mapped into this process."""
     return index.search(range(index.catalog.num_shards), dense=dense)
 
 
-def open_spread(parts: Sequence[tuple[Sequence[int], Any]], index: Index) -> CatalogSearch:
+def open_spread(parts: Sequence[tuple[Sequence[int], Any]], index: CatalogIndex) -> CatalogSearch:
     """The catalog by way of search actors, each given with its shards."""
 
     def caller(actor: Any) -> Callable[..., Any]:
@@ -145,7 +149,7 @@ def open_spread(parts: Sequence[tuple[Sequence[int], Any]], index: Index) -> Cat
 
 
 @contextlib.contextmanager
-def spread(index: Index, num_actors: int, *, dense: bool) -> Iterator[OpenSearch]:
+def spread(index: CatalogIndex, num_actors: int, *, dense: bool) -> Iterator[OpenSearch]:
     """How workers search: in their own process, or, with `num_actors`, in actors that share the catalog's shards; `dense`
     where there are vectors."""
     import ray
@@ -181,6 +185,7 @@ def generate(
     prepared_dir: str,
     out_dir: str,
     *,
+    index_dir: str = "",
     num_workers: int = 1,
     search_actors: int = 0,
     writers: Workers | None = None,
@@ -191,6 +196,8 @@ def generate(
     Args:
         options: what to generate. A folder holds what one set of semantic options makes from one prepared folder.
         prepared_dir: what the prepare step wrote; local or s3://, as is `out_dir`.
+        index_dir: where the catalog's index lies, which all that is generated from one catalog under the same
+            `index_options` may share; by default `index/` in `out_dir`.
         num_workers: actors, of one CPU each, that index and embed products and generate shards.
         search_actors: actors, of one CPU each, that hold the catalog's shards between them; 0: every worker maps the
             whole catalog.
@@ -214,30 +221,32 @@ def generate(
         raise UserError(
             f"{out_dir} holds shards made with other options ({strangers[0]}); generate into another folder"
         )
-    index = Index(options, prepared_dir, out_dir)
-    index.sweep()
+    index = CatalogIndex(options, prepared_dir, index_dir or join(out_dir, "index"))
+    queries = QueryStore(index, prepared_dir, out_dir)
+    for folder in (index.root, out_dir):
+        sweep_staging(folder)
     progress.update(stage="catalog")
     index.build_catalog()
     postings = [{"shard": shard} for shard in index.missing_postings()]
     workers = Workers(num_workers)
-    _run_stage(progress, "words", postings, PostingsWriter, index, workers)
+    _run_stage(progress, "words", postings, PostingsWriter, (index,), workers)
     index.build_lexicon()
     progress.update(stage="queries")
-    write = partial(_write_queries, progress, index, writers or Workers(1))
+    write = partial(_write_queries, progress, index, queries, writers or Workers(1))
     with spread(index, search_actors if options.uses_llm else 0, dense=False) as open_search:
-        pool = index.build_pool(write, open_search)
+        pool = queries.build_pool(write, open_search)
     committed = log.committed()
     missing = plan_ranges(pool.groups, options.groups_per_shard, map(shard_range, committed))
     if missing and options.uses_dense:
         parts = [{"shard": shard, "part": part} for shard, part in index.missing_vectors()]
-        _run_stage(progress, "vectors", parts, VectorWriter, index, workers)
+        _run_stage(progress, "vectors", parts, VectorWriter, (index,), workers)
     there = [record["pairs"] for name, record in committed.items() if shard_range(name)[0] < pool.groups]
     progress.restart(sum(there))
     progress.update(total=pool.pairs, stage="groups")
     if missing:
         rows = [{"start": start, "stop": stop} for start, stop in missing]
         with spread(index, search_actors, dense=options.uses_dense) as open_search:
-            for row in _run(rows, ShardWriter, (index, out_dir, key, open_search), workers, search_actors):
+            for row in _run(rows, ShardWriter, (index, queries, out_dir, key, open_search), workers, search_actors):
                 progress.advance(int(row["pairs"]))
     summary = _summary(log, pool, len(there))
     if abs(summary["pairs"] - options.num_pairs) > 0.01 * options.num_pairs:
@@ -248,20 +257,27 @@ def generate(
     return summary
 
 
-def _write_queries(progress: Progress, index: Index, writers: Workers, parts: Sequence[int]) -> None:
+def _write_queries(
+    progress: Progress, index: CatalogIndex, queries: QueryStore, writers: Workers, parts: Sequence[int]
+) -> None:
     """Have some parts of the queries written. Raises `UserError` for what the user must mend; what is written stays."""
-    _run_stage(progress, "writing", [{"part": part} for part in parts], QueryWriter, index, writers)
+    _run_stage(progress, "writing", [{"part": part} for part in parts], QueryWriter, (index, queries), writers)
     progress.update(stage="queries")
 
 
 def _run_stage(
-    progress: Progress, stage: str, items: Sequence[Mapping[str, int]], actor: type, index: Index, workers: Workers
+    progress: Progress,
+    stage: str,
+    items: Sequence[Mapping[str, int]],
+    actor: type,
+    arguments: tuple[Any, ...],
+    workers: Workers,
 ) -> None:
     """Make what the index lacks of one kind, counted on the live line."""
     if not items:
         return
     progress.update(stage=f"{stage} 0/{len(items)}")
-    for count, row in enumerate(_run(items, actor, (index,), workers), start=1):
+    for count, row in enumerate(_run(items, actor, arguments, workers), start=1):
         if row.get("refusal"):
             raise UserError(row["refusal"])
         progress.update(stage=f"{stage} {count}/{len(items)}")

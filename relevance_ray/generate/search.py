@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 import pyarrow as pa
 
-from relevance_ray.generate.catalog import Catalog, ProductFile
+from relevance_ray.generate.catalog import Catalog, ProductFile, in_order, take_rows
 from relevance_ray.generate.dense import Vectors
 from relevance_ray.generate.lexical import LexicalQuery, Lexicon, Postings
 from relevance_ray.generate.tops import Top, merge
@@ -65,12 +65,7 @@ class ShardSearch:
 
     def products(self, rows: np.ndarray) -> pa.Table:
         """The products of catalog rows int64 [n], all of these shards, in their order."""
-        owner = np.searchsorted(self._starts, rows, side="right") - 1
-        order = np.argsort(owner, kind="stable")
-        pieces = [
-            self._products[int(shard)].take(rows[owner == shard] - self._starts[shard]) for shard in np.unique(owner)
-        ]
-        return in_order(pieces, order)
+        return take_rows(self._products.__getitem__, self._starts, rows)
 
 
 class SpreadSearch:
@@ -109,10 +104,3 @@ class SpreadSearch:
         depth = arguments[-1]
         assert isinstance(depth, int)
         return [merge(tops, depth) for tops in zip(*found, strict=True)]
-
-
-def in_order(pieces: Sequence[pa.Table], order: np.ndarray) -> pa.Table:
-    """Tables whose rows, one after the other, belong at the places `order`, put there."""
-    back = np.empty(len(order), dtype=np.int64)
-    back[order] = np.arange(len(order))
-    return pa.concat_tables(pieces).combine_chunks().take(pa.array(back))
