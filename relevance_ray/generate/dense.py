@@ -18,6 +18,7 @@ from relevance_ray.generate.tops import NOTHING, Top, best
 
 VECTORS_PER_PART = 2048
 _BLOCK_VECTORS = 65_536
+_SAMPLE = 0x5EED
 _SPARE = 32
 """Products beyond the depth that float32 hands to float64."""
 
@@ -82,8 +83,8 @@ class Vectors:
             yield first, block
 
 
-def sample_rows(keys: np.ndarray, max_products: int, seed: int) -> np.ndarray:
+def sample_rows(keys: np.ndarray, max_products: int) -> np.ndarray:
     """The catalog rows that get a vector, rising: all, or the `max_products` whose keys (uint64 [n]) hash lowest."""
     if len(keys) <= max_products:
         return np.arange(len(keys))
-    return np.sort(np.argpartition(mix(np.asarray(keys), seed), max_products)[:max_products])
+    return np.sort(np.argpartition(mix(np.asarray(keys), _SAMPLE), max_products)[:max_products])

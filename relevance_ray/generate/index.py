@@ -43,7 +43,7 @@ _SEARCHED = ["title", "brand", "color", "category"]
 
 def index_options(options: GenerateOptions) -> list[Any]:
     """What decides an index beside the catalog, for its fingerprint."""
-    dense = [options.dense_model, options.dense_max_products, options.seed] if options.uses_dense else []
+    dense = [options.dense_model, options.dense_max_products] if options.uses_dense else []
     return [sorted(options.stopwords), dense]
 
 
@@ -127,7 +127,7 @@ class CatalogIndex:
     def missing_vectors(self) -> list[tuple[int, int]]:
         """The (shard, part) that are still to be computed; writes each shard's `rows.npy`, which its parts follow."""
         catalog = self.catalog
-        rows = sample_rows(catalog.keys, self.options.dense_max_products, self.options.seed)
+        rows = sample_rows(catalog.keys, self.options.dense_max_products)
         missing = []
         for shard in range(catalog.num_shards):
             mine = catalog.shard_rows(shard)
