@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -141,7 +142,7 @@ class StepWork:
         resources = self.config.resources
         self._ray("generate")
         with self._progress("generate", self.config.generate.num_pairs, "pairs") as progress:
-            return generate(
+            summary = generate(
                 self.config.generate,
                 self.at.folder("prepare"),
                 folder,
@@ -151,6 +152,10 @@ class StepWork:
                 writers=Workers(resources.write_actors, resources.cpus_per_write_actor, resources.gpus_per_write_actor),
                 progress=progress,
             )
+        if refused := summary["left_out"]["refused"]:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in Counter(refused).most_common())
+            self.say(f"generate: {sum(refused.values()):,} answers of the language model were refused ({reasons})")
+        return summary
 
     def _label(self, folder: str, retry: bool) -> dict[str, Any]:
         from relevance_ray.data.prepare import read_scale
