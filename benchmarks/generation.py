@@ -32,11 +32,11 @@ from labeling_memory import memory
 
 from relevance_ray.data.prepare import prepare
 from relevance_ray.data.source import DataOptions
-from relevance_ray.generate.catalog import search_text
-from relevance_ray.generate.index import CatalogIndex
+from relevance_ray.generate.index.catalog import search_text
+from relevance_ray.generate.index.catalog_index import CatalogIndex
 from relevance_ray.generate.options import QUOTAS, GenerateOptions
 from relevance_ray.generate.pipeline import generate, open_embedder, open_whole
-from relevance_ray.generate.query_store import QueryStore
+from relevance_ray.generate.queries.store import QueryStore
 from relevance_ray.generate.shards import ShardContext, generate_shard
 from relevance_ray.ray_session import ray_session
 

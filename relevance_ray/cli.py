@@ -135,7 +135,7 @@ def plan(
 def diversity(config: ConfigPath, set_: Overrides = None) -> None:
     """How diverse the generated pairs are, and where they drift from the query log. Runs the steps it needs first."""
     from relevance_ray.diversity_step import report_diversity
-    from relevance_ray.generate.diversity_report import warning_lines
+    from relevance_ray.generate.diversity.report import warning_lines
     from relevance_ray.progress import Progress
     from relevance_ray.steps import Chain
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from relevance_ray.config import Config
 from relevance_ray.errors import UserError
-from relevance_ray.generate.index import index_options
-from relevance_ray.generate.query_store import file_contents
+from relevance_ray.generate.index.catalog_index import index_options
+from relevance_ray.generate.queries.store import file_contents
 from relevance_ray.labeling.pipeline import Shard, shards_to_label
 from relevance_ray.options import semantic
 from relevance_ray.storage import CommitLog, content_id, exists, fingerprint, is_remote, join, listdir, read_json

@@ -9,18 +9,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from relevance_ray.data.splits import LeakGuard
-from relevance_ray.generate.catalog import Catalog, ProductFile, build_catalog, products_file, search_text
-from relevance_ray.generate.dense import part_name
-from relevance_ray.generate.lexical import Lexicon, build_lexicon, index_words
+from relevance_ray.generate.index.catalog import Catalog, ProductFile, build_catalog, products_file, search_text
+from relevance_ray.generate.index.dense import part_name
+from relevance_ray.generate.index.lexical import Lexicon, build_lexicon, index_words
+from relevance_ray.generate.index.search import ShardSearch
 from relevance_ray.generate.options import GenerateOptions
-from relevance_ray.generate.queries import (
+from relevance_ray.generate.queries.sources import (
     PoolCounts,
     log_queries,
     mix,
     title_queries,
 )
-from relevance_ray.generate.search import ShardSearch
-from relevance_ray.generate.titles import TitleProduct
+from relevance_ray.generate.queries.titles import TitleProduct
 from relevance_ray.schema import JUDGED_GROUP, PRODUCT, QUERY
 
 BRANDS = ["Acme", "Bolt", "Cord", "Dune", "Echo"]

@@ -12,11 +12,11 @@ import pytest
 from small_catalog import make_products, make_search, product_table
 
 from relevance_ray.errors import UserError
-from relevance_ray.generate.catalog import build_catalog, search_text
-from relevance_ray.generate.dense import Vectors, part_name, sample_rows
-from relevance_ray.generate.keys import TextSet
-from relevance_ray.generate.search import ShardSearch, SpreadSearch
-from relevance_ray.generate.tops import Top, merge
+from relevance_ray.generate.index.catalog import build_catalog, search_text
+from relevance_ray.generate.index.dense import Vectors, part_name, sample_rows
+from relevance_ray.generate.index.search import ShardSearch, SpreadSearch
+from relevance_ray.generate.index.tops import Top, merge
+from relevance_ray.generate.queries.keys import TextSet
 from relevance_ray.tokens import tokenize
 
 QUERIES = [
@@ -182,7 +182,7 @@ def test_words_of_spaceless_scripts_are_pairs_of_characters() -> None:
 
 
 def test_key_set_knows_what_it_was_given_and_stays_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("relevance_ray.generate.keys._MERGE_AT_LEAST", 100)
+    monkeypatch.setattr("relevance_ray.generate.queries.keys._MERGE_AT_LEAST", 100)
     keys = TextSet()
     given = [f"query {n % 3000}" for n in range(5000)]
     assert [keys.add(text) for text in given] == [True] * 3000 + [False] * 2000

@@ -17,9 +17,9 @@ from relevance_ray import storage
 from relevance_ray.cli import app
 from relevance_ray.config import build_config
 from relevance_ray.diversity_step import report_diversity
-from relevance_ray.generate.diversity import Diversity, measure_diversity
-from relevance_ray.generate.diversity_plots import drawable
-from relevance_ray.generate.diversity_report import render_markdown, twenty_groups, warning_lines, write_diversity
+from relevance_ray.generate.diversity.measure import Diversity, measure_diversity
+from relevance_ray.generate.diversity.plots import drawable
+from relevance_ray.generate.diversity.report import render_markdown, twenty_groups, warning_lines, write_diversity
 from relevance_ray.schema import GROUP, LABELED_GROUP, QUERY, SCALES
 from relevance_ray.steps import Chain
 
@@ -175,10 +175,10 @@ def test_log_that_is_missing_or_too_small_is_said(count: int) -> None:
 
 
 def test_memory_stays_within_its_bounds_for_ten_times_the_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    from relevance_ray.generate import diversity, query_figures
+    from relevance_ray.generate.diversity import measure, query_figures
 
-    monkeypatch.setattr(diversity, "PRODUCTS_KEPT", 256)
-    monkeypatch.setattr(diversity, "NAMES_KEPT", 64)
+    monkeypatch.setattr(measure, "PRODUCTS_KEPT", 256)
+    monkeypatch.setattr(measure, "NAMES_KEPT", 64)
     monkeypatch.setattr(query_figures, "MAX_TEXTS", 128)
 
     def tables(count: int) -> Iterator[pa.Table]:

@@ -8,10 +8,13 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -32,8 +35,8 @@ from relevance_ray.errors import UserError
 from relevance_ray.generate.candidates import query_seed
 from relevance_ray.generate.options import GenerateOptions
 from relevance_ray.generate.pipeline import generate
-from relevance_ray.generate.pool import PoolFile, write_pool
-from relevance_ray.generate.queries import PoolCounts
+from relevance_ray.generate.queries.pool import PoolFile, write_pool
+from relevance_ray.generate.queries.sources import PoolCounts
 from relevance_ray.generate.shards import ShardContext, generate_shard, plan_ranges, shard_name, shard_range
 from relevance_ray.schema import GROUP, pair_id
 from relevance_ray.storage import CommitLog
@@ -273,6 +276,33 @@ def test_killed_run_goes_on_with_what_it_committed(tmp_path: Path, ray_cluster: 
     assert summary["pairs"] == 8000
     files = {path.name for path in (out / "data").iterdir()}
     assert set(after.values()) <= files
+
+
+def test_a_search_actor_that_dies_is_started_again_and_asked_again(tmp_path: Path, ray_cluster: None) -> None:
+    prepared = make_prepared(tmp_path / "prepare", make_products(4), [], [])
+    run = partial(generate, prepared_dir=str(prepared), num_workers=1)
+    run(lexical_options(num_pairs=4000, source="titles"), out_dir=str(tmp_path / "undisturbed"))
+    out = tmp_path / "generate"
+    killed = []
+
+    def kill_one_after_the_first_commit() -> None:
+        while not (out / "commits").is_dir() or not list((out / "commits").iterdir()):
+            time.sleep(0.001)
+        actors = [process for process in psutil.process_iter(["name"]) if "SearchActor" in process.info["name"]]
+        actors[0].kill()
+        killed.append(actors[0].pid)
+
+    thread = threading.Thread(target=kill_one_after_the_first_commit)
+    thread.start()
+    options = lexical_options(num_pairs=4000, source="titles", products_per_shard=300)
+    run(options, out_dir=str(out), search_actors=2)
+    thread.join()
+    assert killed
+
+    def groups(folder: Path) -> list[dict]:
+        return pa.concat_tables([pq.read_table(path) for path in CommitLog(str(folder)).files()]).to_pylist()
+
+    assert groups(out) == groups(tmp_path / "undisturbed")
 
 
 def test_dense_candidates_come_from_a_real_model(tmp_path: Path, ray_cluster: None) -> None:

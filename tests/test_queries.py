@@ -18,8 +18,8 @@ from small_catalog import (
 from relevance_ray.data.splits import LeakGuard
 from relevance_ray.errors import UserError
 from relevance_ray.generate.options import GenerateOptions
-from relevance_ray.generate.pool import PoolFile, write_pool
-from relevance_ray.generate.queries import (
+from relevance_ray.generate.queries.pool import PoolFile, write_pool
+from relevance_ray.generate.queries.sources import (
     PoolCounts,
     PoolQuery,
     file_queries,
@@ -27,7 +27,7 @@ from relevance_ray.generate.queries import (
     log_queries,
     mix,
 )
-from relevance_ray.generate.titles import TitleProduct, cut_query
+from relevance_ray.generate.queries.titles import TitleProduct, cut_query
 from relevance_ray.schema import QUERY
 
 

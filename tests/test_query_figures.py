@@ -6,9 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from relevance_ray.generate.counting import KeySample, divergence, even_sample
-from relevance_ray.generate.query_figures import distinct_ngrams, log_rows, near_duplicates
-from relevance_ray.generate.query_text import TypeRules, category_names, name_key, words
+from relevance_ray.generate.diversity.counting import KeySample, divergence, even_sample
+from relevance_ray.generate.diversity.query_figures import distinct_ngrams, log_rows, near_duplicates
+from relevance_ray.generate.diversity.query_text import TypeRules, category_names, name_key, words
 from relevance_ray.schema import QUERY
 from relevance_ray.tokens import tokenize
 

@@ -17,11 +17,11 @@ from tiny_writers import writer_folder
 from relevance_ray.engines.generation import Generated, Message, Sampling
 from relevance_ray.engines.options import EndpointOptions, GeneratorOptions
 from relevance_ray.engines.registry import open_generator
-from relevance_ray.generate import writing
-from relevance_ray.generate.language import count_words, same_language
-from relevance_ray.generate.near_duplicates import NearDuplicates
+from relevance_ray.generate.queries import writing
+from relevance_ray.generate.queries.language import count_words, same_language
+from relevance_ray.generate.queries.near_duplicates import NearDuplicates
+from relevance_ray.generate.queries.writing import REASONS, clean, conversation, refusal, style_of, write_queries
 from relevance_ray.generate.writer_options import STYLES, WriterOptions
-from relevance_ray.generate.writing import REASONS, clean, conversation, refusal, style_of, write_queries
 from relevance_ray.schema import normalize_query
 
 TENT = {
@@ -317,7 +317,7 @@ def test_what_is_kept_is_small_and_survives_merging() -> None:
 
 
 def test_keys_are_the_same_in_every_process() -> None:
-    code = "from relevance_ray.generate.near_duplicates import NearDuplicates as N;print(N(.8)._keys('rotes Zelt'))"
+    code = "from relevance_ray.generate.queries.near_duplicates import NearDuplicates as N;print(N(.8)._keys('rotes Zelt'))"
     found = {
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         for _ in range(2)

@@ -17,9 +17,9 @@ from relevance_ray.engines.options import EndpointOptions
 from relevance_ray.errors import UserError
 from relevance_ray.generate.options import GenerateOptions
 from relevance_ray.generate.pipeline import generate
-from relevance_ray.generate.queries import PoolCounts
+from relevance_ray.generate.queries.sources import PoolCounts
+from relevance_ray.generate.queries.written import WRITTEN, WrittenPlan, round_trip, written_queries
 from relevance_ray.generate.writer_options import STYLES, WriterOptions
-from relevance_ray.generate.written import WRITTEN, WrittenPlan, round_trip, written_queries
 from relevance_ray.storage import CommitLog
 
 HELD_OUT = "acme red wool hat"

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from relevance_ray.generate.catalog import Catalog
+from relevance_ray.generate.index.catalog import Catalog
 from relevance_ray.generate.stable import hash_seed, ring_draws, ring_window, shuffled
 from relevance_ray.schema import normalize_query
 

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from relevance_ray.errors import UserError
-from relevance_ray.generate.index import CatalogIndex
+from relevance_ray.generate.index.catalog_index import CatalogIndex
+from relevance_ray.generate.index.search import CatalogSearch, SpreadSearch
 from relevance_ray.generate.options import GenerateOptions
-from relevance_ray.generate.pool import PoolSummary
-from relevance_ray.generate.query_store import QueryStore, file_contents
-from relevance_ray.generate.search import CatalogSearch, SpreadSearch
+from relevance_ray.generate.queries.pool import PoolSummary
+from relevance_ray.generate.queries.store import QueryStore, file_contents
 from relevance_ray.generate.shards import ShardContext, generate_shard, plan_ranges, shard_name, shard_range
 from relevance_ray.generate.staging import sweep_staging
 from relevance_ray.options import semantic

@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow as pa
 
 from relevance_ray.generate.candidates import Origin, choose, query_seed, scale_quotas
-from relevance_ray.generate.catalog import Catalog
-from relevance_ray.generate.lexical import Lexicon
+from relevance_ray.generate.index.catalog import Catalog
+from relevance_ray.generate.index.lexical import Lexicon
+from relevance_ray.generate.index.search import CatalogSearch
 from relevance_ray.generate.options import GenerateOptions
-from relevance_ray.generate.search import CatalogSearch
 from relevance_ray.schema import FIELDS, GROUP, ORIGIN, pair_id, query_id
 
 Range = tuple[int, int]

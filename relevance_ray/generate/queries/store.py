@@ -19,11 +19,12 @@ import pyarrow as pa
 from relevance_ray.data.prepare import read_judged, read_queries
 from relevance_ray.data.splits import LeakGuard
 from relevance_ray.engines.generation import TextGenerator
-from relevance_ray.generate.index import CatalogIndex
-from relevance_ray.generate.lexical import Lexicon, word_hash
+from relevance_ray.generate.index.catalog_index import CatalogIndex
+from relevance_ray.generate.index.lexical import Lexicon, word_hash
+from relevance_ray.generate.index.search import CatalogSearch
 from relevance_ray.generate.options import GenerateOptions
-from relevance_ray.generate.pool import PoolFile, PoolSummary, write_pool
-from relevance_ray.generate.queries import (
+from relevance_ray.generate.queries.pool import PoolFile, PoolSummary, write_pool
+from relevance_ray.generate.queries.sources import (
     PoolCounts,
     PoolQuery,
     file_queries,
@@ -32,11 +33,10 @@ from relevance_ray.generate.queries import (
     read_pairs,
     title_queries,
 )
-from relevance_ray.generate.search import CatalogSearch
+from relevance_ray.generate.queries.titles import TitleProduct
+from relevance_ray.generate.queries.writing import PROMPTS
+from relevance_ray.generate.queries.written import WrittenPlan, round_trip, write_part, written_queries
 from relevance_ray.generate.staging import appears_whole
-from relevance_ray.generate.titles import TitleProduct
-from relevance_ray.generate.writing import PROMPTS
-from relevance_ray.generate.written import WrittenPlan, round_trip, write_part, written_queries
 from relevance_ray.schema import normalize_query
 from relevance_ray.storage import (
     content_id,

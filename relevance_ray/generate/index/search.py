@@ -14,10 +14,10 @@ from typing import Protocol
 import numpy as np
 import pyarrow as pa
 
-from relevance_ray.generate.catalog import Catalog, ProductFile, in_order, take_rows
-from relevance_ray.generate.dense import Vectors
-from relevance_ray.generate.lexical import LexicalQuery, Lexicon, Postings
-from relevance_ray.generate.tops import Top, merge
+from relevance_ray.generate.index.catalog import Catalog, ProductFile, in_order, take_rows
+from relevance_ray.generate.index.dense import Vectors
+from relevance_ray.generate.index.lexical import LexicalQuery, Lexicon, Postings
+from relevance_ray.generate.index.tops import Top, merge
 
 Locate = Callable[[str], Path]
 """From a name within the index to a local path."""

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from relevance_ray.errors import UserError
-from relevance_ray.generate.arrays import mapped
+from relevance_ray.generate.index.arrays import mapped
 from relevance_ray.schema import DESCRIPTION_CHARS, FIELDS
 
 COLUMNS = ["product_id", "locale", *(field.name for field in FIELDS)]

@@ -15,14 +15,14 @@ import pyarrow as pa
 
 from relevance_ray.engines.generation import TextGenerator
 from relevance_ray.errors import UserError
-from relevance_ray.generate.catalog import Catalog
-from relevance_ray.generate.lexical import Lexicon
-from relevance_ray.generate.near_duplicates import NearDuplicates
+from relevance_ray.generate.index.catalog import Catalog
+from relevance_ray.generate.index.lexical import Lexicon
+from relevance_ray.generate.index.search import CatalogSearch
 from relevance_ray.generate.options import GenerateOptions
-from relevance_ray.generate.queries import PoolCounts, PoolQuery
-from relevance_ray.generate.search import CatalogSearch
+from relevance_ray.generate.queries.near_duplicates import NearDuplicates
+from relevance_ray.generate.queries.sources import PoolCounts, PoolQuery
+from relevance_ray.generate.queries.writing import style_of, write_queries
 from relevance_ray.generate.stable import hash_seed, shuffled
-from relevance_ray.generate.writing import style_of, write_queries
 
 PRODUCTS_PER_PART = 128
 

@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from relevance_ray import storage
-from relevance_ray.generate.query_figures import SHOWN_VIEWS
-from relevance_ray.generate.query_text import TYPES
+from relevance_ray.generate.diversity.query_figures import SHOWN_VIEWS
+from relevance_ray.generate.diversity.query_text import TYPES
 from relevance_ray.schema import LabelScale
 
 _PLOTS = {
@@ -31,7 +31,7 @@ def write_diversity(report: Mapping[str, Any], out_dir: str, *, about: Mapping[s
         report: what `Diversity.report` gives.
         about: what was read, shown as a list; also kept in the JSON.
     """
-    from relevance_ray.generate.diversity_plots import plots  # matplotlib takes half a second to import
+    from relevance_ray.generate.diversity.plots import plots  # matplotlib takes half a second to import
 
     drawn = plots(report)
     storage.write_json(storage.join(out_dir, "diversity.json"), {"about": dict(about or {}), **report})

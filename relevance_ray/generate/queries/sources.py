@@ -21,10 +21,10 @@ import pyarrow as pa
 
 from relevance_ray.data.splits import LeakGuard
 from relevance_ray.errors import UserError
-from relevance_ray.generate.keys import TextSet
 from relevance_ray.generate.options import BANDS, GenerateOptions
+from relevance_ray.generate.queries.keys import TextSet
+from relevance_ray.generate.queries.titles import MAX_ROUNDS, TitleProduct, cut_query, draws
 from relevance_ray.generate.stable import hash_seed, shuffled
-from relevance_ray.generate.titles import MAX_ROUNDS, TitleProduct, cut_query, draws
 from relevance_ray.row_files import RowReader
 from relevance_ray.schema import normalize_query
 from relevance_ray.storage import is_remote, localize

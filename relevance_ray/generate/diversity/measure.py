@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from relevance_ray.generate.counting import KeySample, divergence, value_counts
-from relevance_ray.generate.drift import Check, LogTexts, category_checks, query_checks
-from relevance_ray.generate.grade_figures import RANKS, GradeStats, rank_buckets
-from relevance_ray.generate.query_figures import (
+from relevance_ray.generate.diversity.counting import KeySample, divergence, value_counts
+from relevance_ray.generate.diversity.drift import Check, LogTexts, category_checks, query_checks
+from relevance_ray.generate.diversity.grade_figures import RANKS, GradeStats, rank_buckets
+from relevance_ray.generate.diversity.query_figures import (
     MAX_NEAR,
     VIEWS,
     QueryStats,
@@ -27,7 +27,7 @@ from relevance_ray.generate.query_figures import (
     near_duplicates,
     read_query,
 )
-from relevance_ray.generate.query_text import TYPES, TypeRules, category_names, name_key
+from relevance_ray.generate.diversity.query_text import TYPES, TypeRules, category_names, name_key
 from relevance_ray.schema import LabelScale
 
 CATALOG_COLUMNS = ["product_id", "brand", "category"]

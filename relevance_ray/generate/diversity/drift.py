@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from relevance_ray.generate.counting import KeySample, divergence
-from relevance_ray.generate.query_figures import MAX_CHARS, MAX_WORDS, QueryStats
-from relevance_ray.generate.query_text import TYPES, TypeRules, words
+from relevance_ray.generate.diversity.counting import KeySample, divergence
+from relevance_ray.generate.diversity.query_figures import MAX_CHARS, MAX_WORDS, QueryStats
+from relevance_ray.generate.diversity.query_text import TYPES, TypeRules, words
 from relevance_ray.tokens import tokenize
 
 DRAWS = 20

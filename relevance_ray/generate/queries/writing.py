@@ -18,8 +18,8 @@ from typing import Any
 import yaml
 
 from relevance_ray.engines.generation import Message, Sampling, TextGenerator
-from relevance_ray.generate.language import count_words, folded_words, same_language
-from relevance_ray.generate.titles import draws
+from relevance_ray.generate.queries.language import count_words, folded_words, same_language
+from relevance_ray.generate.queries.titles import draws
 from relevance_ray.generate.writer_options import WriterOptions
 from relevance_ray.schema import normalize_query
 from relevance_ray.templates import attribute_pairs

@@ -13,7 +13,7 @@ import hashlib
 
 from datasketch import MinHash
 
-from relevance_ray.generate.keys import NumberSet
+from relevance_ray.generate.queries.keys import NumberSet
 from relevance_ray.schema import normalize_query
 
 NUM_HASHES = 64

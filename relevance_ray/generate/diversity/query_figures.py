@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from relevance_ray.data.splits import SIMILARITY, LeakGuard
-from relevance_ray.generate.counting import KeySample, even_sample
-from relevance_ray.generate.query_text import TYPES, TypeRules, ngrams, words
+from relevance_ray.generate.diversity.counting import KeySample, even_sample
+from relevance_ray.generate.diversity.query_text import TYPES, TypeRules, ngrams, words
 from relevance_ray.schema import normalize_query
 from relevance_ray.tokens import tokenize
 

@@ -21,9 +21,9 @@ import bm25s.stopwords
 import numpy as np
 
 from relevance_ray.errors import UserError
-from relevance_ray.generate.arrays import mapped
+from relevance_ray.generate.index.arrays import mapped
+from relevance_ray.generate.index.tops import Top, best
 from relevance_ray.generate.options import STOPWORDS
-from relevance_ray.generate.tops import Top, best
 from relevance_ray.tokens import tokenize
 
 K1 = 1.2

@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont
 from matplotlib.ft2font import FT2Font
 
-from relevance_ray.generate.query_figures import SHOWN_VIEWS
-from relevance_ray.generate.query_text import TYPES
+from relevance_ray.generate.diversity.query_figures import SHOWN_VIEWS
+from relevance_ray.generate.diversity.query_text import TYPES
 
 _FONT = "DejaVu Sans"
 _LOG = "#555555"

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from relevance_ray.generate.arrays import mapped
+from relevance_ray.generate.index.arrays import mapped
+from relevance_ray.generate.index.tops import NOTHING, Top, best
 from relevance_ray.generate.stable import mix
-from relevance_ray.generate.tops import NOTHING, Top, best
 
 VECTORS_PER_PART = 2048
 _BLOCK_VECTORS = 65_536

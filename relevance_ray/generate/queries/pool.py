@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from relevance_ray.errors import UserError
-from relevance_ray.generate.queries import PoolCounts, PoolQuery
+from relevance_ray.generate.queries.sources import PoolCounts, PoolQuery
 
 POOL = pa.schema(
     [

@@ -21,8 +21,8 @@ import numpy as np
 import pyarrow as pa
 
 from relevance_ray.data.prepare import iter_products
-from relevance_ray.generate.arrays import npy_bytes
-from relevance_ray.generate.catalog import (
+from relevance_ray.generate.index.arrays import npy_bytes
+from relevance_ray.generate.index.catalog import (
     COLUMNS,
     Catalog,
     ProductFile,
@@ -31,10 +31,10 @@ from relevance_ray.generate.catalog import (
     search_text,
     take_rows,
 )
-from relevance_ray.generate.dense import VECTORS_PER_PART, part_name, sample_rows
-from relevance_ray.generate.lexical import Lexicon, build_lexicon, index_words
+from relevance_ray.generate.index.dense import VECTORS_PER_PART, part_name, sample_rows
+from relevance_ray.generate.index.lexical import Lexicon, build_lexicon, index_words
+from relevance_ray.generate.index.search import ShardSearch
 from relevance_ray.generate.options import GenerateOptions
-from relevance_ray.generate.search import ShardSearch
 from relevance_ray.generate.staging import appears_whole
 from relevance_ray.storage import exists, join, listdir, localize, write_bytes
 

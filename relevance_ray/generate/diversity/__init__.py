@@ -1,0 +1,1 @@
+"""How diverse a generated set is, and where it drifts."""

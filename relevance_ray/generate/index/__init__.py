@@ -1,0 +1,1 @@
+"""The catalog, searched: products, BM25 and vectors, in shards."""
