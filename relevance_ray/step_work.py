@@ -137,16 +137,18 @@ class StepWork:
             )
 
     def _generate(self, folder: str) -> dict[str, Any]:
+        from relevance_ray.generate.index.catalog_index import latest_vectors
         from relevance_ray.generate.pipeline import Workers, generate
 
-        resources = self.config.resources
+        resources, index = self.config.resources, self.at.index()
         self._ray("generate")
         with self._progress("generate", self.config.generate.num_pairs, "pairs") as progress:
             summary = generate(
                 self.config.generate,
                 self.at.folder("prepare"),
                 folder,
-                index_dir=self.at.index(),
+                index_dir=index,
+                earlier_index=latest_vectors(self.at.root, index, self.config.generate),
                 num_workers=resources.generate_workers,
                 search_actors=resources.search_actors,
                 writers=Workers(resources.write_actors, resources.cpus_per_write_actor, resources.gpus_per_write_actor),

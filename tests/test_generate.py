@@ -33,6 +33,7 @@ from small_catalog import (
 from relevance_ray.data.splits import LeakGuard
 from relevance_ray.errors import UserError
 from relevance_ray.generate.candidates import query_seed
+from relevance_ray.generate.index.catalog_index import latest_vectors
 from relevance_ray.generate.options import GenerateOptions
 from relevance_ray.generate.pipeline import generate
 from relevance_ray.generate.queries.pool import PoolFile, write_pool
@@ -215,6 +216,30 @@ def test_an_index_is_shared_by_all_that_is_generated_from_a_catalog(tmp_path: Pa
     run(lexical_options(num_pairs=64, seed=5, quotas={"bm25": 1.0}), out_dir=str(tmp_path / "other"))
     assert {path: path.stat().st_mtime_ns for path in index.rglob("*")} == made
     assert not (tmp_path / "other" / "index").exists()
+
+
+def test_vectors_of_an_earlier_catalog_are_taken_over_for_products_that_read_the_same(
+    tmp_path: Path, ray_cluster: None
+) -> None:
+    products = make_products()
+    before = make_prepared(tmp_path / "before", products, ["red lamp"], [])
+    changed = [product | {"title": "Changed " + product["title"]} for product in products[:5]]
+    after = make_prepared(tmp_path / "after", changed + products[5:], ["red lamp"], [])
+    options = GenerateOptions(num_pairs=8, source="log", quotas={"dense": 8})
+    old, new = tmp_path / "root" / "index-old", tmp_path / "root" / "index-new"
+    generate(options, str(before), str(tmp_path / "one"), index_dir=str(old))
+    part = old / "vectors" / "00000" / "part-000000.npy"
+    marked = np.load(part)
+    marked[:, 0] = np.arange(240)  # so that what is taken over can be told from what is computed
+    np.save(part, marked)
+    assert latest_vectors(str(tmp_path / "root"), str(new), options) == str(old)
+    assert latest_vectors(str(tmp_path / "root"), str(old), options) == ""
+    assert latest_vectors(str(tmp_path / "root"), str(new), GenerateOptions(dense_model="mpnet")) == ""
+    generate(options, str(after), str(tmp_path / "other"), index_dir=str(new), earlier_index=str(old))
+    found = np.load(new / "vectors" / "00000" / "part-000000.npy")
+    np.testing.assert_array_equal(found[5:], marked[5:])
+    assert np.abs(found[:5, 0]).max() < 1
+    np.testing.assert_allclose(np.linalg.norm(found[:5], axis=1), 1, rtol=1e-5)
 
 
 def test_folder_of_other_options_is_refused(tmp_path: Path, ray_cluster: None) -> None:

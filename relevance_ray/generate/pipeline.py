@@ -65,8 +65,7 @@ class VectorWriter:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
         for shard, part in zip(batch["shard"], batch["part"], strict=True):
-            texts = self._index.vector_texts(int(shard), int(part))
-            self._index.write_vectors(int(shard), int(part), self._embed(texts))
+            self._index.build_vectors(int(shard), int(part), self._embed)
         return {"part": [int(part) for part in batch["part"]]}
 
 
@@ -186,6 +185,7 @@ def generate(
     out_dir: str,
     *,
     index_dir: str = "",
+    earlier_index: str = "",
     num_workers: int = 1,
     search_actors: int = 0,
     writers: Workers | None = None,
@@ -198,6 +198,7 @@ def generate(
         prepared_dir: what the prepare step wrote; local or s3://, as is `out_dir`.
         index_dir: where the catalog's index lies, which all that is generated from one catalog under the same
             `index_options` may share; by default `index/` in `out_dir`.
+        earlier_index: an index of an earlier catalog, whose vectors are taken over where a product reads the same.
         num_workers: actors, of one CPU each, that index and embed products and generate shards.
         search_actors: actors, of one CPU each, that hold the catalog's shards between them; 0: every worker maps the
             whole catalog.
@@ -221,7 +222,7 @@ def generate(
         raise UserError(
             f"{out_dir} holds shards made with other options ({strangers[0]}); generate into another folder"
         )
-    index = CatalogIndex(options, prepared_dir, index_dir or join(out_dir, "index"))
+    index = CatalogIndex(options, prepared_dir, index_dir or join(out_dir, "index"), earlier_index)
     queries = QueryStore(index, prepared_dir, out_dir)
     for folder in (index.root, out_dir):
         sweep_staging(folder)
@@ -240,6 +241,7 @@ def generate(
     if missing and options.uses_dense:
         parts = [{"shard": shard, "part": part} for shard, part in index.missing_vectors()]
         _run_stage(progress, "vectors", parts, VectorWriter, (index,), workers)
+        index.finish_vectors()
     there = [record["pairs"] for name, record in committed.items() if shard_range(name)[0] < pool.groups]
     progress.restart(sum(there))
     progress.update(total=pool.pairs, stage="groups")

@@ -3,7 +3,7 @@
     catalog.json, catalog/arrays/, catalog/products-00000.arrow ...    what is known of all products; the shards of them
     postings/00000.json, postings/00000/ ...                           BM25, a shard each
     lexicon.json, lexicon/                                             the word counts of the whole catalog
-    vectors/00000/ ...                                                 rows and parts of the dense vectors, a shard each
+    vectors.json, vectors/00000/ ...                                   rows and parts of the dense vectors, a shard each
 
 All of it is made anew from the prepared data where it is missing, and counts once its JSON file is there (a part of the
 vectors, once it is), so that a killed run goes on with what it has. Workers map local files into memory; from S3 each
@@ -13,7 +13,8 @@ machine takes a copy first.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,14 @@ from relevance_ray.generate.index.catalog import (
     take_rows,
 )
 from relevance_ray.generate.index.dense import VECTORS_PER_PART, part_name, sample_rows
+from relevance_ray.generate.index.earlier_vectors import EarlierVectors
 from relevance_ray.generate.index.lexical import Lexicon, build_lexicon, index_words
 from relevance_ray.generate.index.search import ShardSearch
 from relevance_ray.generate.options import GenerateOptions
 from relevance_ray.generate.staging import appears_whole
-from relevance_ray.storage import exists, join, listdir, localize, write_bytes
+from relevance_ray.storage import exists, join, listdir, localize, read_json, write_bytes, write_json
 
+VECTORS_MADE = "vectors.json"
 _SEARCHED = ["title", "brand", "color", "category"]
 
 
@@ -47,6 +50,18 @@ def index_options(options: GenerateOptions) -> list[Any]:
     return [sorted(options.stopwords), dense]
 
 
+def latest_vectors(root: str, but: str, options: GenerateOptions) -> str:
+    """Of the indexes under a root the one, other than `but`, that was last given vectors of the same model; "" for none."""
+    found = []
+    for name in listdir(root):
+        place = join(root, name, VECTORS_MADE)
+        if name.startswith("index-") and join(root, name) != but and exists(place):
+            made = read_json(place)
+            if made["model"] == options.dense_model:
+                found.append((made["finished"], join(root, name)))
+    return max(found)[1] if found else ""
+
+
 class CatalogIndex:
     """One catalog's index.
 
@@ -54,15 +69,16 @@ class CatalogIndex:
         options: of the generation; `index_options` names those that decide what is in it.
         prepared_dir: what the prepare step wrote.
         folder: where the index lies, local or s3://.
+        earlier: the folder of an index whose vectors are taken over for products of the same text, or "".
     """
 
-    def __init__(self, options: GenerateOptions, prepared_dir: str, folder: str) -> None:
-        self.options, self._prepared_dir, self.root = options, prepared_dir, folder
+    def __init__(self, options: GenerateOptions, prepared_dir: str, folder: str, earlier: str = "") -> None:
+        self.options, self._prepared_dir, self.root, self._earlier = options, prepared_dir, folder, earlier
         self._opened: dict[int, ProductFile] = {}
 
-    def __reduce__(self) -> tuple[type, tuple[GenerateOptions, str, str]]:
+    def __reduce__(self) -> tuple[type, tuple[GenerateOptions, str, str, str]]:
         """What travels to an actor: where the index lies, and nothing that is open."""
-        return CatalogIndex, (self.options, self._prepared_dir, self.root)
+        return CatalogIndex, (self.options, self._prepared_dir, self.root, self._earlier)
 
     def locate(self, name: str) -> Path:
         """A file or folder of the index as a local path."""
@@ -140,16 +156,28 @@ class CatalogIndex:
             missing += [(shard, part) for part in range(num_parts) if part_name(part) not in there]
         return missing
 
-    def vector_texts(self, shard: int, part: int) -> list[str]:
-        """The texts whose vectors make up a part: title, brand and color."""
+    def build_vectors(self, shard: int, part: int, embed: Callable[[list[str]], np.ndarray]) -> None:
+        """Make a part of the vectors, of title, brand and color; what an earlier index holds of the same text is taken
+        over."""
         rows = np.load(self.locate(f"vectors/{shard:05d}/rows.npy"))
-        mine = rows[part * VECTORS_PER_PART : (part + 1) * VECTORS_PER_PART] - self.catalog.starts[shard]
-        columns = self.product_file(shard).take(mine, _SEARCHED[:3]).to_pydict()
-        return search_text({**columns, "category": [None] * len(mine)})
-
-    def write_vectors(self, shard: int, part: int, vectors: np.ndarray) -> None:
+        mine = rows[part * VECTORS_PER_PART : (part + 1) * VECTORS_PER_PART]
+        columns = self.products(mine, _SEARCHED[:3]).to_pydict()
+        texts = search_text({**columns, "category": [None] * len(mine)})
+        vectors = self._earlier_vectors.complete(self.catalog.text_ids[mine], texts, embed)
         path = join(self.root, "vectors", f"{shard:05d}", part_name(part))
         write_bytes(path, npy_bytes(vectors.astype(np.float32)))
+
+    @functools.cached_property
+    def _earlier_vectors(self) -> EarlierVectors:
+        if not self._earlier:
+            return EarlierVectors(np.empty(0, dtype=np.int64), [])
+        folders = [localize(join(self._earlier, "vectors", name)) for name in listdir(join(self._earlier, "vectors"))]
+        return EarlierVectors(Catalog(localize(join(self._earlier, "catalog", "arrays"))).text_ids, folders)
+
+    def finish_vectors(self) -> None:
+        """Say that all vectors are there, for later indexes that take them over."""
+        if not exists(join(self.root, VECTORS_MADE)):
+            write_json(join(self.root, VECTORS_MADE), {"model": self.options.dense_model, "finished": time.time()})
 
     def search(self, shards: Sequence[int], *, dense: bool) -> ShardSearch:
         """Some shards, mapped into this process."""
