@@ -28,7 +28,7 @@ from relevance_ray.tokens import tokenize
 
 K1 = 1.2
 B = 0.75
-POSTINGS_BUDGET = 50_000
+POSTINGS_BUDGET = 20_000
 
 
 def word_hash(word: str) -> int:
