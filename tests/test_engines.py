@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import bm25s
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,7 +29,6 @@ from relevance_ray.model_folder import ModelInfo, ModelKind, finish_folder
 from relevance_ray.models import resolve_model
 from relevance_ray.schema import PRODUCT
 from relevance_ray.templates import Template
-from relevance_ray.tokens import tokenize
 
 
 def save_classifier(folder: Path, num_labels: int, template: Template, kind: ModelKind = "cross_encoder") -> Path:
@@ -240,26 +238,6 @@ def test_bi_encoder_logit_is_the_scaled_cosine(bi_encoder: Path) -> None:
     assert model.label_rows(["tent"], [{"title": ""}]).errors == [
         "the product has no text in its fields title, brand, color"
     ]
-
-
-# BM25
-
-
-def test_bm25_equals_bm25s_on_every_pair(bm25_folder: Path) -> None:
-    model = load_pair_model(bm25_folder)
-    documents = [tokenize(model.info.template.render_product(product)) for product in PRODUCTS]
-    index = bm25s.BM25(method="lucene", k1=1.2, b=0.75)
-    index.index(documents, show_progress=False)
-    for query in ("red tent", "norrvik tent steel", "gas"):
-        expected = index.get_scores(tokenize(query))
-        np.testing.assert_allclose(model.logits([query] * 5, PRODUCTS), expected, rtol=1e-5, atol=1e-6)
-    assert model.logits(["nothing matches"], PRODUCTS[:1]) == [0.0]
-
-
-def test_bm25_of_an_empty_catalog_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="none of 0 products"):
-        bm25.build_bm25_folder([], Template(), ESCI, tmp_path / "model")
-    assert list(tmp_path.iterdir()) == []
 
 
 # Ensemble
