@@ -35,9 +35,11 @@ from relevance_ray.data.source import DataOptions
 from relevance_ray.generate.index.catalog import search_text
 from relevance_ray.generate.index.catalog_index import CatalogIndex
 from relevance_ray.generate.options import QUOTAS, GenerateOptions
-from relevance_ray.generate.pipeline import generate, open_embedder, open_whole
+from relevance_ray.generate.pipeline import generate
 from relevance_ray.generate.queries.store import QueryStore
+from relevance_ray.generate.search_actors import open_whole
 from relevance_ray.generate.shards import ShardContext, generate_shard
+from relevance_ray.generate.work import open_embedder
 from relevance_ray.ray_session import ray_session
 
 LEXICAL = {"bm25": 3.0, "bm25_middle": 2.0, "category": 2.0, "random": 1.0}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from relevance_ray.errors import UserError
+from relevance_ray.errors import what_to_mend
 from relevance_ray.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -257,19 +257,16 @@ def main() -> None:
     quiet_libraries()
     try:
         app(standalone_mode=True)
-    except UserError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(EXIT_USER)
-    except (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
-        typer.echo(
-            f"error: {error.filename}: {error.strerror}; give a path that can be read or written there", err=True
-        )
-        sys.exit(EXIT_USER)
     except (SystemExit, KeyboardInterrupt) as stop:
         if isinstance(stop, SystemExit) and stop.code != EXIT_STOPPED:
             raise
         typer.echo("stopped; the same command goes on from here", err=True)
         sys.exit(EXIT_STOPPED)
+    except Exception as error:
+        if not (said := what_to_mend(error)):
+            raise
+        typer.echo(f"error: {said}", err=True)
+        sys.exit(EXIT_USER)
 
 
 if __name__ == "__main__":

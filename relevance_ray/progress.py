@@ -5,15 +5,20 @@ On a terminal the line is rewritten in place; elsewhere (a log file, `ray job lo
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
 import sys
+import threading
 import time
 from typing import Any, Protocol, TextIO
 
-TTY_SECONDS = 0.2
-PLAIN_SECONDS = 10.0
+TTY_SECONDS, PLAIN_SECONDS = 0.2, 10.0
+"""How often the line is shown at most."""
+
+TTY_BEAT_SECONDS, PLAIN_BEAT_SECONDS = 1.0, 30.0
+"""After how long it is shown again where nothing new is known: whoever looks sees that the work goes on."""
 
 
 def memory_used() -> int:
@@ -62,6 +67,7 @@ class Progress:
         self._start = time.monotonic()
         self._last = 0.0
         self._width = 0
+        self._showing, self._ended = threading.Lock(), threading.Event()
         self._log: Log | None = None
         if log is not None and not isinstance(log, str | os.PathLike):
             self._log = log
@@ -70,9 +76,15 @@ class Progress:
             self._log = open(log, "a", encoding="utf-8")  # noqa: SIM115 (closed with the line)
 
     def __enter__(self) -> Progress:
+        threading.Thread(target=self._beat, daemon=True).start()
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
+        self._ended.set()
+        with self._showing:
+            self._end(kind)
+
+    def _end(self, kind: object) -> None:
         if kind is None:
             self._show(final=True)
         elif self._width:
@@ -88,18 +100,28 @@ class Progress:
     def update(
         self, done: int | None = None, *, failures: int | None = None, total: int | None = None, **extra: Any
     ) -> None:
-        """Set what is known now: units done in all (not since last time), failures in all, and more to show."""
+        """Set what is known now: units done in all (not since last time), failures in all, and more to show (None: no
+        longer)."""
         self.done = self.done if done is None else done
         self.failures = self.failures if failures is None else failures
         self.total = self.total if total is None else total
-        self.extra.update(extra)
+        self.extra = {key: value for key, value in (self.extra | extra).items() if value is not None}
         interval = TTY_SECONDS if self._stream.isatty() else PLAIN_SECONDS
-        if time.monotonic() - self._last >= interval:
-            self._show()
+        with self._showing:
+            if time.monotonic() - self._last >= interval:
+                self._show()
 
     def advance(self, count: int = 1, *, failures: int = 0, **extra: Any) -> None:
         """Add to what is done."""
         self.update(self.done + count, failures=self.failures + failures, **extra)
+
+    def _beat(self) -> None:
+        interval = TTY_BEAT_SECONDS if self._stream.isatty() else PLAIN_BEAT_SECONDS
+        while not self._ended.wait(interval / 4):
+            # A log that takes no more is told by the next update, in the thread of the work.
+            with self._showing, contextlib.suppress(OSError):
+                if self._last and time.monotonic() - self._last >= interval and not self._ended.is_set():
+                    self._show()
 
     def _show(self, *, final: bool = False) -> None:
         self._last = time.monotonic()

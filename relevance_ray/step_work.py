@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from relevance_ray.actor_pool import Workers
 from relevance_ray.config import Config
 from relevance_ray.errors import UserError
 from relevance_ray.model_folder import read_model_info
@@ -138,7 +139,7 @@ class StepWork:
 
     def _generate(self, folder: str) -> dict[str, Any]:
         from relevance_ray.generate.index.catalog_index import latest_vectors
-        from relevance_ray.generate.pipeline import Workers, generate
+        from relevance_ray.generate.pipeline import generate
 
         resources, index = self.config.resources, self.at.index()
         self._ray("generate")

@@ -76,11 +76,26 @@ def _write_temporary(path: str, data: bytes) -> str:
     folder, name = os.path.split(os.path.abspath(path.removeprefix("file://")))
     os.makedirs(folder, exist_ok=True)
     temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex[:12]}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with _naming(path), open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
     return temporary
+
+
+@contextlib.contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Give an error of the disk that names no file, as that of a full one does, the name of this one."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or path
+        raise
 
 
 @contextlib.contextmanager
@@ -97,7 +112,7 @@ def streamed(path: str) -> Iterator[IO[bytes]]:
     if not is_remote(path):
         path = path.removeprefix("file://")
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        with open(path, "wb") as local:
+        with _naming(path), open(path, "wb") as local:
             yield local
             local.flush()
             os.fsync(local.fileno())

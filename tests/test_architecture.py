@@ -38,7 +38,9 @@ TOP = {
     "scoring",
 }
 RAY_SHELLS = {
+    "actor_pool.py",
     "generate/pipeline.py",
+    "generate/search_actors.py",
     "labeling/pipeline.py",
     "labeling/compact_pipeline.py",
     "serving/app.py",

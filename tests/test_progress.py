@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from relevance_ray import object_log, storage
+from relevance_ray import progress as progress_module
 from relevance_ray.object_log import ObjectLog, newest_lines
 from relevance_ray.progress import Progress
 from relevance_ray.run_state import describe
@@ -79,3 +80,25 @@ def test_a_log_that_cannot_be_written_is_told_once_and_ends_nothing(
             progress._show()
     said = capsys.readouterr().err
     assert said.count("the log cannot be written, and the run goes on without") == 1
+
+
+def test_a_line_that_nobody_updates_is_shown_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress_module, "PLAIN_BEAT_SECONDS", 0.05)
+    stream = io.StringIO()
+    with Progress("generate", stream=stream) as progress:
+        progress.update(stage="catalog")
+        progress.update(stage="writing 0/9")  # too soon after the first to be shown for itself
+        deadline = time.monotonic() + 10
+        while "writing 0/9" not in stream.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.01)
+    first, second, *_ = stream.getvalue().splitlines()
+    assert first.endswith("stage catalog")
+    assert second.endswith("stage writing 0/9")
+
+
+def test_what_is_no_longer_so_leaves_the_line() -> None:
+    stream = io.StringIO()
+    with Progress("label", stream=stream) as progress:
+        progress.update(stage="earlier labels 1/2")
+        progress.update(3, stage=None)
+    assert "stage" not in stream.getvalue().splitlines()[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -12,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from relevance_ray import storage
-from relevance_ray.errors import UserError
+from relevance_ray.errors import UserError, what_to_mend
 from relevance_ray.lease import Lease, lease_holder
 from relevance_ray.storage import CommitLog, content_id, fingerprint, join
 
@@ -34,6 +35,21 @@ def test_a_whole_file_is_created_by_one_only(root: str) -> None:
     assert not storage.create_exclusive(path, b"second")
     assert storage.read_bytes(path) == b"first"
     assert storage.listdir(join(root, "a")) == ["file.json"]
+
+
+def test_a_full_disk_names_the_file_and_leaves_nothing_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    path = join(str(tmp_path), "file.json")
+    for write in (storage.create_exclusive, storage.write_bytes):
+        with pytest.raises(OSError, match="No space left") as raised:
+            write(path, b"content")
+        assert what_to_mend(raised.value) == f"{path}: No space left on device; make room, and the same command goes on"
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_the_second_attempt_at_a_shard_loses_and_its_orphan_is_swept(root: str) -> None:

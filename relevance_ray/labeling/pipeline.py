@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from relevance_ray.errors import UserError
+from relevance_ray.actor_pool import Workers, run_pool
 from relevance_ray.labeling.attempts import Attempts, shards_set_aside, sweep_marks, take_back
 from relevance_ray.labeling.earlier import build_index
 from relevance_ray.labeling.labeler import EngineFactory, ShardLabeler
@@ -120,9 +120,10 @@ def label(
         )
         failed_in_row: list[str] = []
         gauges = _Gauges()
+        pool = Workers(min(num_actors, len(rows)), num_cpus, num_gpus)
         try:
             with watchdog(no_progress_seconds, message) as beat:
-                for row in _run_pool(rows, actor, min(num_actors, len(rows)), num_cpus, num_gpus):
+                for row in run_pool(rows, ShardLabeler, actor, pool, num_blocks=len(rows)):
                     if row["labeled"]:
                         beat()
                         failed_in_row.clear()
@@ -181,29 +182,9 @@ def _index_earlier(folder: str, shards: Sequence[Shard], progress: Progress | No
 
     index = build_index(folder, {shard.label_name for shard in shards}, show)
     if progress is not None:
-        progress.extra.pop("stage", None)
+        progress.update(stage=None)
     return index
 
 
 def _has_errors(committed: Mapping[str, Mapping[str, Any]], shard: Shard) -> bool:
     return shard.label_name in committed and committed[shard.label_name]["errors"] > 0
-
-
-def _run_pool(
-    rows: list[dict[str, str]], actor: tuple[Any, ...], num_actors: int, num_cpus: float, num_gpus: float
-) -> Iterator[dict[str, Any]]:
-    """The rows of a Ray Data actor pool, as they come."""
-    import ray
-
-    results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        ShardLabeler,
-        fn_constructor_args=actor,
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=num_actors, max_tasks_in_flight_per_actor=2),
-        num_cpus=num_cpus,
-        num_gpus=num_gpus,
-    )
-    for row in results.iter_rows():
-        if row["user_error"]:
-            raise UserError(row["user_error"])
-        yield row
