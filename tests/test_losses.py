@@ -13,14 +13,23 @@ from relevance_ray import losses
 GROUP = torch.tensor([0, 1, 0, 2, 1, 0, 1, 0])  # four, three and one product, interleaved
 
 
+CLASSES = torch.tensor([0, 2, 1, 0, 2, 1, 2, 0])  # the second group is all of one class
+
+
 def naive_group_margin(
-    student: torch.Tensor, teacher: torch.Tensor, group: torch.Tensor, num_groups: int
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    group: torch.Tensor,
+    num_groups: int,
+    classes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     out = []
     for index in range(num_groups):
         rows = (group == index).nonzero()[:, 0].tolist()
         margins = [
-            ((student[i] - student[j]) - (teacher[i] - teacher[j])) ** 2 for i, j in itertools.combinations(rows, 2)
+            ((student[i] - student[j]) - (teacher[i] - teacher[j])) ** 2
+            for i, j in itertools.combinations(rows, 2)
+            if classes is None or classes[i] != classes[j]
         ]
         out.append(torch.stack(margins).mean() if margins else student.sum() * 0.0)
     return torch.stack(out)
@@ -32,12 +41,13 @@ def scores(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return student.requires_grad_(), teacher * 3
 
 
+@pytest.mark.parametrize("classes", [None, CLASSES], ids=["all", "differing"])
 @pytest.mark.parametrize("seed", range(3))
-def test_group_margin_is_the_mean_over_all_margins_with_its_gradient(seed: int) -> None:
+def test_group_margin_is_the_mean_over_its_margins_with_its_gradient(seed: int, classes: torch.Tensor | None) -> None:
     student, teacher = scores(seed)
     weights = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)
-    ours = losses.group_margin_mse(student, teacher, GROUP, 3)
-    naive = naive_group_margin(student, teacher, GROUP, 3)
+    ours = losses.group_margin_mse(student, teacher, GROUP, 3, classes)
+    naive = naive_group_margin(student, teacher, GROUP, 3, classes)
     torch.testing.assert_close(ours, naive)
     (gradient,) = torch.autograd.grad((ours * weights).sum(), student)
     (expected,) = torch.autograd.grad((naive * weights).sum(), student)
@@ -99,3 +109,76 @@ def test_soft_bce_is_stable_for_large_logits_and_least_at_the_log_odds() -> None
     torch.testing.assert_close(found, torch.tensor([0.6931471805599453, 0.0, 60.0], dtype=torch.float64))
     (gradient,) = torch.autograd.grad(found.sum(), logit)
     torch.testing.assert_close(gradient, torch.sigmoid(logit) - target)
+
+
+def test_ordinal_probabilities_against_differences_of_sigmoids_and_in_the_tails() -> None:
+    score = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    thresholds = torch.tensor([-1.5, 0.2, 2.0], dtype=torch.float64, requires_grad=True)
+    above = torch.sigmoid(score[:, None] - thresholds)
+    ends = torch.ones(6, 1, dtype=torch.float64)
+    naive = torch.cat([ends, above], dim=1) - torch.cat([above, ends * 0], dim=1)
+    found = losses.ordinal_log_probabilities(score, thresholds)
+    torch.testing.assert_close(found.exp(), naive)
+    for ours, theirs in zip(
+        torch.autograd.grad(found[:, 1:3].sum(), (score, thresholds)),
+        torch.autograd.grad(naive.log()[:, 1:3].sum(), (score, thresholds)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+    far = losses.ordinal_log_probabilities(torch.tensor([80.0]), thresholds.detach().float())
+    # P(class 2) = (1 - sigmoid(80 - 2)) - (1 - sigmoid(80 - .2)), which float32 sigmoids would give as 0.
+    torch.testing.assert_close(
+        far[0, 2].double(), -(80 - thresholds[2]) + torch.log1p(-torch.exp(thresholds[1] - thresholds[2]))
+    )
+    two = losses.ordinal_log_probabilities(score, torch.zeros(1, dtype=torch.float64))
+    torch.testing.assert_close(two.exp(), torch.stack([torch.sigmoid(-score), torch.sigmoid(score)], dim=1))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_class_kl_against_the_sum_and_its_gradient(temperature: float) -> None:
+    student = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(5, 4, dtype=torch.float64) * 3
+    p, q = ((x / temperature).exp() / (x / temperature).exp().sum(dim=1, keepdim=True) for x in (teacher, student))
+    naive = torch.stack([sum(p[i, k] * torch.log(p[i, k] / q[i, k]) for k in range(4)) for i in range(5)])
+    found = losses.class_kl(student, teacher, temperature)
+    torch.testing.assert_close(found, temperature**2 * naive)
+    (ours,) = torch.autograd.grad(found.sum(), student, retain_graph=True)
+    torch.testing.assert_close(ours, temperature * (q - p).detach())
+    torch.testing.assert_close(losses.class_kl(teacher, teacher), torch.zeros(5, dtype=torch.float64))
+
+
+def test_info_nce_against_the_double_loop_and_its_gradient() -> None:
+    generator = torch.Generator().manual_seed(0)
+    queries = F.normalize(torch.randn(3, 5, dtype=torch.float64, generator=generator), dim=1).requires_grad_()
+    products = F.normalize(torch.randn(8, 5, dtype=torch.float64, generator=generator), dim=1).requires_grad_()
+    positive = torch.tensor([True, False, True, False, True, False, False, False])  # the third query has none
+    identity = torch.tensor([10, 11, 12, 10, 14, 15, 16, 17])  # product 3 is product 0, a positive of the first query
+    temperature = 0.1
+    naive = []
+    for g in range(3):
+        mine = [p for p in range(8) if GROUP[p] == g and positive[p]]
+        names = {int(identity[p]) for p in mine}
+        others = [(queries[g] @ products[n] / temperature).exp() for n in range(8) if int(identity[n]) not in names]
+        terms = []
+        for p in mine:
+            hit = (queries[g] @ products[p] / temperature).exp()
+            terms.append(-torch.log(hit / (hit + sum(others))))
+        naive.append(torch.stack(terms).mean() if terms else queries.sum() * 0)
+    found = losses.info_nce(queries, products, GROUP, positive, identity, temperature)
+    torch.testing.assert_close(found, torch.stack(naive))
+    assert found[2] == 0
+    for ours, theirs in zip(
+        torch.autograd.grad(found.sum(), (queries, products)),
+        torch.autograd.grad(torch.stack(naive).sum(), (queries, products)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_info_nce_without_any_negative_is_nothing() -> None:
+    vectors = F.normalize(torch.randn(1, 4), dim=1).requires_grad_()
+    one = torch.tensor([0])
+    found = losses.info_nce(vectors, vectors.detach(), one, torch.tensor([True]), one, 0.05)
+    (gradient,) = torch.autograd.grad(found.sum(), vectors)
+    assert found.tolist() == [0.0]
+    assert gradient.tolist() == [[0.0] * 4]
