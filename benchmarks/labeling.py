@@ -29,7 +29,7 @@ from relevance_ray.ray_session import ray_session
 from relevance_ray.schema import SCALES
 from relevance_ray.storage import CommitLog, read_table
 from relevance_ray.student.cross_encoder import build_cross_encoder
-from relevance_ray.student.options import CrossEncoderOptions
+from relevance_ray.student.options import EncoderOptions
 
 THREADS = 2
 PRODUCTS = 8
@@ -82,7 +82,7 @@ def main() -> None:
     started = time.monotonic()
     shards = write_shards(str(work / "generate"), num_shards, groups, PRODUCTS)
     model = work / "model"
-    options = CrossEncoderOptions(model="minilm", num_layers=2 if arguments.quick else 6, max_tokens=64)
+    options = EncoderOptions(model="minilm", num_layers=2 if arguments.quick else 6, max_tokens=64)
     build_cross_encoder(options, SCALES["esci"], model, seed=0)
     factory = partial(open_engine, EngineOptions(num_threads=THREADS), str(model), SCALES["esci"])
     bare, pipeline = [], []

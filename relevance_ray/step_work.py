@@ -6,7 +6,6 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -239,13 +238,14 @@ class StepWork:
                 work,
                 self._runner(name),
                 on_progress=partial(_show_training, progress),
+                label_smoothing=self.config.data.label_smoothing,
             )
 
     def _human_only(self) -> Path:
         """The model folder of the same student on human labels alone: the baseline of every evaluation, kept for all
         that share it."""
         config = self.config
-        options = replace(config.student, loss=config.evaluate.human_loss, fit=config.evaluate.human_fit)
+        options = config.student.on_human_labels(config.evaluate.human_loss, config.evaluate.human_fit)
         key = fingerprint("human-only", VERSIONS["train-student"], self.at.judged_key(), semantic(options))
         folder = join(self.at.root, "evaluate-baselines", f"human_only-{key}")
         if not exists(join(folder, "step.json")):

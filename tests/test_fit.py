@@ -19,38 +19,35 @@ from tiny_training import SCALE, build_tiny_encoder, judged_groups, labeled_grou
 
 from relevance_ray.errors import UserError
 from relevance_ray.student.cross_encoder import build_cross_encoder
-from relevance_ray.student.options import CrossEncoderOptions
+from relevance_ray.student.two_tower import build_two_tower
 from relevance_ray.training.fit import (
     FitResult,
     OnProgress,
     TaskSpec,
-    epoch_order,
     micro_batches,
     schedule,
     share_by_cost,
 )
-from relevance_ray.training.options import FitOptions
+from relevance_ray.training.options import FitOptions, StudentOptions
 from relevance_ray.training.ray_train import ray_runner
 from relevance_ray.training.runners import Job, local_runner
-from relevance_ray.training.tasks import StudentTask, StudentTaskSpec
+from relevance_ray.training.student_task import StudentTask, StudentTaskSpec
 
 OPTIONS = FitOptions(
     epochs=2, learning_rate=3e-3, batch_size=10, max_batch_tokens=128, checkpoint_every=3, eval_every=4, seed=3
 )
 
 
-def student_spec(tmp_path: Path, dropout: float = 0.0) -> StudentTaskSpec:
+def student_spec(tmp_path: Path, dropout: float = 0.0, **options: Any) -> StudentTaskSpec:
     model = build_tiny_encoder(tmp_path / "encoder")
-    options = CrossEncoderOptions(model=str(model), max_tokens=16, dropout=dropout)
-    build_cross_encoder(options, SCALE, tmp_path / "start", seed=0)
+    student = StudentOptions(model=str(model), max_tokens=16, dropout=dropout, max_group_products=8, **options)
+    build = build_two_tower if student.kind == "two_tower" else build_cross_encoder
+    build(student, SCALE, tmp_path / "start", seed=0)
     return StudentTaskSpec(
         start=str(tmp_path / "start"),
         train_files=[write(tmp_path / "groups.parquet", labeled_groups(47))],
         judged_file=write(tmp_path / "judged.parquet", judged_groups(20)),
-        loss="margin_mse",
-        level_weight=0.05,
-        max_group_products=8,
-        seed=0,
+        options=student,
     )
 
 
@@ -75,11 +72,31 @@ def weights_of(result: FitResult) -> dict[str, torch.Tensor]:
     return load_file(result.model_folder / "model.safetensors")
 
 
-def test_the_order_is_a_pure_function_of_seed_and_epoch() -> None:
-    assert sorted(epoch_order(50, 1, 0)) == list(range(50))
-    assert epoch_order(50, 1, 0).tolist() == epoch_order(50, 1, 0).tolist()
-    assert epoch_order(50, 1, 0).tolist() != epoch_order(50, 1, 1).tolist()
-    assert epoch_order(50, 1, 0).tolist() != epoch_order(50, 2, 0).tolist()
+def test_the_order_is_a_pure_function_of_seed_and_epoch(tmp_path: Path) -> None:
+    task = student_spec(tmp_path).build(0, 1)
+    assert sorted(task.order(1, 0)) == list(range(47))
+    assert task.order(1, 0).tolist() == task.order(1, 0).tolist()
+    assert task.order(1, 0).tolist() != task.order(1, 1).tolist()
+    assert task.order(1, 0).tolist() != task.order(2, 0).tolist()
+
+
+def test_human_groups_take_their_share_and_come_last_where_that_is_asked(tmp_path: Path) -> None:
+    mixed = student_spec(tmp_path, human_share=0.25).build(0, 1)
+    human = mixed.examples >= mixed.num_generated
+    assert len(mixed.examples) == len(mixed.costs) == len(mixed.num_pairs) == 63
+    assert human.sum() == 16  # of 63
+    assert sorted(mixed.order(0, 0)) == list(range(63))
+    assert human[mixed.order(0, 0)][:40].any()
+    last = student_spec(tmp_path / "last", human_share=0.25, human_order="last").build(0, 1)
+    assert human[last.order(0, 1)].tolist() == [False] * 47 + [True] * 16
+    assert last.order(0, 1).tolist() != last.order(0, 2).tolist()
+
+
+def test_patience_ends_a_run_that_no_longer_gains_and_stays_ended(tmp_path: Path) -> None:
+    spec = student_spec(tmp_path)
+    options = replace(OPTIONS, learning_rate=1e-9, epochs=10, eval_every=2, patience=3)
+    result = train(spec, options, tmp_path / "work")
+    assert (result.best_step, result.steps) == (2, 8)
 
 
 def test_workers_get_nearly_equal_costs_and_every_example_once() -> None:
@@ -104,8 +121,19 @@ def test_the_learning_rate_rises_then_falls_to_zero() -> None:
     np.testing.assert_allclose(rates, [1 / 3, 2 / 3, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
 
 
-def test_micro_batching_does_not_change_the_gradient(tmp_path: Path) -> None:
-    spec = student_spec(tmp_path)
+OBJECTIVES = {
+    "margins": {},
+    "differing margins": {"margins": "differing", "level_weight": 0.0},
+    "classes": {"kl_weight": 1.0, "margin_weight": 0.0},
+    "mixed": {"bce_weight": 0.5, "human_share": 0.3},
+    "two-tower": {"kind": "two_tower"},
+    "contrast": {"kind": "two_tower", "infonce_weight": 1.0},
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_micro_batching_does_not_change_the_gradient(tmp_path: Path, objective: dict[str, Any]) -> None:
+    spec = student_spec(tmp_path, **objective)
     whole = train(spec, replace(OPTIONS, max_batch_tokens=100_000), tmp_path / "whole")
     parts = train(spec, replace(OPTIONS, max_batch_tokens=1), tmp_path / "parts")
     np.testing.assert_allclose(losses_of(whole), losses_of(parts), rtol=1e-4)
@@ -200,14 +228,16 @@ class TestRayTrain:
         spec = student_spec(tmp_path)
         one = train(spec, OPTIONS, tmp_path / "one")
         seen: list[dict[str, Any]] = []
+        contrast = student_spec(tmp_path / "contrast", **OBJECTIVES["contrast"])
         jobs = [
             Job(spec, OPTIONS, tmp_path / "two", "first"),
-            Job(spec, OPTIONS, tmp_path / "second", keep_model=False),
+            Job(contrast, OPTIONS, tmp_path / "second", keep_model=False),
         ]
         two, second = ray_runner(num_workers=2)(jobs, seen.append)
         np.testing.assert_allclose(losses_of(two), losses_of(one), rtol=1e-4)
         np.testing.assert_allclose(two.predictions(), one.predictions(), atol=1e-3)
-        np.testing.assert_allclose(losses_of(second), losses_of(two), rtol=1e-4)
+        alone = train(contrast, OPTIONS, tmp_path / "contrast" / "one")
+        np.testing.assert_allclose(losses_of(second), losses_of(alone), rtol=1e-4)
         assert not second.model_folder.exists()
         assert [line["step"] for line in seen if line.get("part") == "first"][-1] == one.steps
         assert [line["step"] for line in seen if "part" not in line][-1] == one.steps

@@ -17,7 +17,7 @@ from relevance_ray.errors import UserError
 from relevance_ray.model_folder import read_model_info
 from relevance_ray.schema import LABELED_GROUP
 from relevance_ray.student import collate
-from relevance_ray.student.cross_encoder import build_cross_encoder
+from relevance_ray.student.cross_encoder import CrossReader, build_cross_encoder
 from relevance_ray.templates import Template
 from relevance_ray.training.options import FitOptions, StudentOptions
 from relevance_ray.training.student import train_student
@@ -29,8 +29,8 @@ def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pair_encoder(encoder_folder: Path) -> PairEncoder:
-    return PairEncoder(AutoTokenizer.from_pretrained(encoder_folder), Template(max_tokens=16))
+def reader(encoder_folder: Path) -> CrossReader:
+    return CrossReader(PairEncoder(AutoTokenizer.from_pretrained(encoder_folder), Template(max_tokens=16)))
 
 
 def student_options(model: Path, **changes: object) -> StudentOptions:
@@ -38,14 +38,14 @@ def student_options(model: Path, **changes: object) -> StudentOptions:
     return StudentOptions(**{"model": str(model), "max_tokens": 16, "fit": fit, **changes})
 
 
-def test_pairs_are_packed_as_the_tokenizer_would_encode_them(pair_encoder: PairEncoder) -> None:
-    groups = collate.encode_groups([labeled_groups(3)], pair_encoder, max_group_products=8, seed=0)
+def test_pairs_are_packed_as_the_tokenizer_would_encode_them(reader: CrossReader) -> None:
+    groups = collate.encode_groups([labeled_groups(3)], reader, SCALE, max_group_products=8, seed=0)
     flat = collate.flatten_groups(labeled_groups(3))
     rows, place = groups.take(np.array([2, 0]))
     assert place.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
     texts = [flat.products[row]["title"] for row in rows]
     queries = [flat.queries[row] for row in rows]
-    expected = pair_encoder.tokenizer(queries, texts, padding=True, return_tensors="np")
+    expected = reader.encoder.tokenizer(queries, texts, padding=True, return_tensors="np")
     found = groups.pairs.pad(rows)
     np.testing.assert_array_equal(found["input_ids"], expected["input_ids"])
     np.testing.assert_array_equal(found["token_type_ids"], expected["token_type_ids"])
@@ -56,14 +56,14 @@ def test_pairs_are_packed_as_the_tokenizer_would_encode_them(pair_encoder: PairE
     )
 
 
-def test_padding_is_masked(pair_encoder: PairEncoder) -> None:
-    pairs = collate.pack_pairs(pair_encoder, ["red shoe", "red"], [{"title": "red"}, {"title": "blue"}])
+def test_padding_is_masked(reader: CrossReader) -> None:
+    pairs = reader.pack(["red shoe", "red"], [{"title": "red"}, {"title": "blue"}])
     found = pairs.pad(np.array([1, 0]))
     assert found["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]]
-    assert found["input_ids"][0, -1] == pair_encoder.pad_token_id
+    assert found["input_ids"][0, -1] == reader.encoder.pad_token_id
 
 
-def test_pairs_without_a_usable_label_and_groups_left_with_one_are_left_out(pair_encoder: PairEncoder) -> None:
+def test_pairs_without_a_usable_label_and_groups_left_with_one_are_left_out(reader: CrossReader) -> None:
     rows = labeled_groups(3).to_pylist()
     rows[0]["products"][1]["error"] = "timed out"
     rows[0]["products"][2]["logit"] = float("inf")
@@ -71,35 +71,35 @@ def test_pairs_without_a_usable_label_and_groups_left_with_one_are_left_out(pair
     for product in rows[2]["products"][1:]:
         product["fields"]["title"] = None
     table = labeled_groups(0).from_pylist(rows, schema=LABELED_GROUP)
-    groups = collate.encode_groups([table], pair_encoder, max_group_products=8, seed=0)
+    groups = collate.encode_groups([table], reader, SCALE, max_group_products=8, seed=0)
     assert groups.rows.tolist() == [0, 3, 5, 6, 7]
     assert groups.group_sizes.tolist() == [2, 3]
 
 
-def test_large_groups_are_cut_into_even_parts_that_lose_no_pair(pair_encoder: PairEncoder) -> None:
-    groups = collate.encode_groups([labeled_groups(2, products=10)], pair_encoder, max_group_products=4, seed=0)
+def test_large_groups_are_cut_into_even_parts_that_lose_no_pair(reader: CrossReader) -> None:
+    groups = collate.encode_groups([labeled_groups(2, products=10)], reader, SCALE, max_group_products=4, seed=0)
     assert groups.group_sizes.tolist() == [4, 3, 3, 4, 3, 3]
     assert sorted(groups.rows[:10]) == list(range(10))
-    again = collate.encode_groups([labeled_groups(2, products=10)], pair_encoder, max_group_products=4, seed=0)
+    again = collate.encode_groups([labeled_groups(2, products=10)], reader, SCALE, max_group_products=4, seed=0)
     np.testing.assert_array_equal(groups.rows, again.rows)
 
 
-def test_max_groups_reads_the_first_ones_across_files(pair_encoder: PairEncoder) -> None:
+def test_max_groups_reads_the_first_ones_across_files(reader: CrossReader) -> None:
     tables = [labeled_groups(3), labeled_groups(3, seed=5)]
-    groups = collate.encode_groups(tables, pair_encoder, max_group_products=8, seed=0, max_groups=4)
+    groups = collate.encode_groups(tables, reader, SCALE, max_group_products=8, seed=0, max_groups=4)
     assert len(groups.group_sizes) == 4
 
 
-def test_judged_groups_become_log_odds_of_their_soft_target(pair_encoder: PairEncoder) -> None:
+def test_judged_groups_become_log_odds_of_their_soft_target(reader: CrossReader) -> None:
     table = judged_groups(4)
-    groups = collate.encode_groups([table], pair_encoder, max_group_products=8, seed=0)
+    groups = collate.encode_groups([table], reader, SCALE, max_group_products=8, seed=0)
     p = collate.flatten_groups(table).floats("soft_target")
     np.testing.assert_allclose(1 / (1 + np.exp(-groups.target)), p, rtol=1e-5)
 
 
-def test_no_usable_group_is_the_users_to_mend(pair_encoder: PairEncoder) -> None:
+def test_no_usable_group_is_the_users_to_mend(reader: CrossReader) -> None:
     with pytest.raises(UserError, match="no group with two labeled products"):
-        collate.encode_groups([labeled_groups(0)], pair_encoder, max_group_products=8, seed=0)
+        collate.encode_groups([labeled_groups(0)], reader, SCALE, max_group_products=8, seed=0)
 
 
 def test_the_seed_decides_the_head_and_depth_is_cut(encoder_folder: Path, tmp_path: Path) -> None:
@@ -123,9 +123,19 @@ def test_more_layers_or_tokens_than_the_model_has_are_refused(encoder_folder: Pa
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("loss", ["margin_mse", "soft_bce"])
+OBJECTIVES: dict[str, dict[str, object]] = {
+    "margins": {},
+    "differing margins": {"margins": "differing"},
+    "pointwise": {"margin_weight": 0.0, "level_weight": 0.0, "bce_weight": 1.0},
+    "classes": {"margin_weight": 0.0, "level_weight": 0.0, "kl_weight": 1.0},
+    "two-tower": {"kind": "two_tower"},
+    "two-tower with contrast": {"kind": "two_tower", "infonce_weight": 0.1},
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_distillation_ends_in_a_calibrated_folder_that_ranks_like_its_teacher(
-    encoder_folder: Path, tmp_path: Path, loss: str
+    encoder_folder: Path, tmp_path: Path, objective: str
 ) -> None:
     files = [
         write(tmp_path / "a.parquet", labeled_groups(100)),
@@ -133,7 +143,7 @@ def test_distillation_ends_in_a_calibrated_folder_that_ranks_like_its_teacher(
     ]
     judged_file = write(tmp_path / "judged.parquet", judged_groups(30))
     out, work = tmp_path / "student", tmp_path / "work"
-    options = student_options(encoder_folder, loss=loss)
+    options = student_options(encoder_folder, **OBJECTIVES[objective])
     seen: list[dict] = []
     summary = train_student(options, SCALE, files, judged_file, out, work, on_progress=seen.append)
 
@@ -146,14 +156,16 @@ def test_distillation_ends_in_a_calibrated_folder_that_ranks_like_its_teacher(
     assert not (work / "fit" / "checkpoints").exists()
 
     info = read_model_info(out)
-    assert info.kind == "cross_encoder"
+    assert info.kind == ("bi_encoder" if options.kind == "two_tower" else "cross_encoder")
     assert info.calibration is not None
     model = load_pair_model(out)
-    logits = model.logits(["red shoe"] * 3, [{"title": "red shoe"}, {"title": "blue shoe"}, {"title": "blue lamp"}])
+    titles = ["red shoe", "blue shoe", "red lamp", "blue lamp"]
+    whole, *halves, none = model.logits(["red shoe"] * 4, [{"title": title} for title in titles])
+    logits = np.asarray([whole, np.mean(halves), none])
     assert logits[0] > logits[1] > logits[2]
     probability = info.calibration.probability(logits, SCALE.relevant_index)
     assert probability[0] > 0.5 > probability[2]
-    if loss == "margin_mse":
+    if objective == "margins":
         np.testing.assert_allclose(logits - logits.mean(), [3, 0, -3], atol=1.0)
 
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
@@ -179,10 +191,14 @@ def test_a_judged_file_without_dev_queries_is_refused_before_training(encoder_fo
     assert not (tmp_path / "out").exists()
 
 
-def test_predictions_of_training_are_those_of_the_loaded_folder(encoder_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["cross_encoder", "two_tower"])
+def test_predictions_of_training_are_those_of_the_loaded_folder(
+    encoder_folder: Path, tmp_path: Path, kind: str
+) -> None:
     judged_file = write(tmp_path / "judged.parquet", judged_groups(30))
     files = [write(tmp_path / "a.parquet", labeled_groups(40))]
-    train_student(student_options(encoder_folder), SCALE, files, judged_file, tmp_path / "out", tmp_path / "work")
+    options = student_options(encoder_folder, kind=kind)
+    train_student(options, SCALE, files, judged_file, tmp_path / "out", tmp_path / "work")
     flat = collate.flatten_groups(collate.read_judged_split(judged_file, "dev"))
     trained = logit_of_classes(np.load(tmp_path / "work" / "fit" / "predictions.npy"), (0.0, 1.0))
     served = load_pair_model(tmp_path / "out").logits(flat.queries, flat.products)

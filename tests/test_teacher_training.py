@@ -18,8 +18,8 @@ from relevance_ray.errors import UserError
 from relevance_ray.model_folder import read_model_info
 from relevance_ray.schema import PRODUCT
 from relevance_ray.training.options import TeacherFitOptions, TeacherMemberOptions, TeacherOptions
-from relevance_ray.training.tasks import query_folds
 from relevance_ray.training.teacher import train_teacher
+from relevance_ray.training.teacher_task import query_folds
 
 FIT = TeacherFitOptions(epochs=8, learning_rate=5e-3, batch_size=16)
 QUERIES = ["red shoe"] * 3

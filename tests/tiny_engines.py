@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification
 from relevance_ray.engines.base import Pair
 from relevance_ray.engines.bm25 import build_bm25_folder
 from relevance_ray.engines.ensemble import build_ensemble_folder
-from relevance_ray.engines.sequence import build_sequence_folder
+from relevance_ray.engines.sequence import build_start_folder
 from relevance_ray.model_folder import ModelInfo
 from relevance_ray.models import resolve_model
 from relevance_ray.schema import PRODUCT, SCALES
@@ -50,7 +50,7 @@ def causal_folder(out: Path, num_labels: int = 4) -> Path:
 
 
 def _sequence_folder(source: str, info: ModelInfo, out: Path, num_labels: int) -> Path:
-    build_sequence_folder(resolve_model(source), info, out, num_labels=num_labels, num_layers=2, dropout=0.0, seed=0)
+    build_start_folder(resolve_model(source), info, out, num_labels=num_labels, num_layers=2, dropout=0.0, seed=0)
     # A fresh head is so small that its logits hardly differ from pair to pair.
     model = AutoModelForSequenceClassification.from_pretrained(out)
     torch.manual_seed(num_labels)

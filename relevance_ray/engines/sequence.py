@@ -1,4 +1,4 @@
-"""A sequence-classification folder to start training from, of an encoder or a causal model.
+"""A folder to start training from: a sequence classifier of an encoder or a causal model, or an encoder as it is.
 
 Each worker loads this folder instead of building a model of its own, so all start from the same bytes.
 """
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from relevance_ray.errors import UserError
@@ -36,12 +36,12 @@ def check_writes(name: str, source: str | Path) -> None:
         raise UserError(f"model {name} writes no text; give a causal language model, such as smollm2-135m")
 
 
-def build_sequence_folder(
+def build_start_folder(
     source: str | Path,
     info: ModelInfo,
     out: Path,
     *,
-    num_labels: int,
+    num_labels: int | None,
     num_layers: int | None,
     dropout: float,
     seed: int,
@@ -51,10 +51,10 @@ def build_sequence_folder(
     Args:
         source: folder or hub id of the pretrained model.
         info: what `relevance.json` will say.
-        num_labels: outputs of the fresh head.
+        num_labels: outputs of the fresh head; None for no head.
         num_layers: keep the first layers only; None keeps all.
         dropout: of every kind the architecture has.
-        seed: decides the head's weights.
+        seed: decides the fresh head's weights.
 
     Raises:
         UserError: fewer layers than asked for, or too few positions for the template's `max_tokens`.
@@ -75,14 +75,16 @@ def build_sequence_folder(
         config.num_hidden_layers = num_layers
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:num_layers]
-    config.num_labels = num_labels
+    if num_labels is not None:
+        config.num_labels = num_labels
     config.pad_token_id = tokenizer.pad_token_id
     for key in _DROPOUT_KEYS:
         if isinstance(getattr(config, key, None), float | int):
             setattr(config, key, dropout)
     with torch.random.fork_rng(), _without_report():
         torch.manual_seed(seed)
-        model = AutoModelForSequenceClassification.from_pretrained(source, config=config, dtype=torch.float32)
+        kind = AutoModel if num_labels is None else AutoModelForSequenceClassification
+        model = kind.from_pretrained(source, config=config, dtype=torch.float32)
     with staged_folder(out) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)

@@ -1,8 +1,6 @@
-"""Groups to tokens: read once, tokenised once, kept flat.
+"""Groups to tokens and targets: read once, tokenised once, kept flat.
 
-All tokens of all pairs lie in one int32 array with offsets, four bytes a token, so a worker's epoch is array arithmetic
-and touches no Python object per pair. The price is that a worker holds its whole training set: a hundred million tokens
-are 400 MB.
+The price is that a worker holds its whole training set: a hundred million tokens are 400 MB.
 """
 
 from __future__ import annotations
@@ -17,49 +15,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from relevance_ray import storage
-from relevance_ray.engines.base import row_error
-from relevance_ray.engines.encoding import PairEncoder
 from relevance_ray.errors import UserError
 from relevance_ray.schema import LabelScale
+from relevance_ray.student.reading import PairTokens, Reader
 
 GROUPS_AT_ONCE = 1024
 SOFT_TARGET_FLOOR = 1e-4
-
-
-@dataclass(frozen=True)
-class PackedPairs:
-    """Token ids of n pairs in one array.
-
-    Attributes:
-        token_ids: int32 [total tokens].
-        token_types: int8 [total tokens], or None for a model without them.
-        offsets: int64 [n + 1]; an empty span is a pair that is not used or could not be encoded.
-        pad_token_id: what pads.
-    """
-
-    token_ids: np.ndarray
-    token_types: np.ndarray | None
-    offsets: np.ndarray
-    pad_token_id: int
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each pair, int64 [n]."""
-        return np.diff(self.offsets)
-
-    def pad(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """The model's inputs for some rows, each int64 [len(rows), longest], padded on the right. `attention_mask` is
-        left out where nothing is padded, which spares the attention its mask."""
-        lengths = self.lengths[rows]
-        columns = np.arange(lengths.max())
-        mask = columns < lengths[:, None]
-        at = np.minimum(self.offsets[rows][:, None] + columns, len(self.token_ids) - 1)
-        out = {"input_ids": np.where(mask, self.token_ids[at], self.pad_token_id).astype(np.int64)}
-        if self.token_types is not None:
-            out["token_type_ids"] = np.where(mask, self.token_types[at], 0).astype(np.int64)
-        if not mask.all():
-            out["attention_mask"] = mask.astype(np.int64)
-        return out
 
 
 @dataclass(frozen=True)
@@ -69,12 +30,16 @@ class TrainingGroups:
     Attributes:
         pairs: tokens of all P pairs read.
         target: float32 [P], the logit to distill.
+        classes: float32 [P, K], class logits to distill; None where they were not asked for.
+        grade: int8 [P], the most probable of the classes, or the human's grade.
         rows: int64 [R], the pairs of the groups, one group after another.
         group_offsets: int64 [G + 1], where each group begins in `rows`.
     """
 
-    pairs: PackedPairs
+    pairs: PairTokens
     target: np.ndarray
+    classes: np.ndarray | None
+    grade: np.ndarray
     rows: np.ndarray
     group_offsets: np.ndarray
 
@@ -103,7 +68,7 @@ class JudgedPairs:
         offsets: int64 [queries + 1], where each query's pairs begin.
     """
 
-    pairs: PackedPairs
+    pairs: PairTokens
     gains: np.ndarray
     offsets: np.ndarray
 
@@ -136,41 +101,16 @@ def flatten_groups(groups: pa.Table) -> FlatGroups:
     return FlatGroups(queries, pc.struct_field(candidates, "fields").to_pylist(), offsets, candidates)
 
 
-def pack_pairs(
-    encoder: PairEncoder,
-    queries: Sequence[str],
-    products: Sequence[Mapping[str, Any]],
-    wanted: np.ndarray | None = None,
-) -> PackedPairs:
-    """Tokenise n pairs; those not `wanted` (bool [n]), unfit for any model, or without room are left empty."""
-    keep = [
-        row
-        for row in range(len(queries))
-        if (wanted is None or wanted[row]) and row_error(queries[row], products[row]) is None
-    ]
-    encoded = encoder.encode([queries[row] for row in keep], [products[row] for row in keep])
-    lengths = np.zeros(len(queries), dtype=np.int64)
-    lengths[keep] = encoded.lengths
-    ids = np.concatenate([np.empty(0, np.int32), *encoded.input_ids]).astype(np.int32)
-    types = None
-    if encoded.token_type_ids is not None:
-        types = np.concatenate([np.empty(0, np.int8), *encoded.token_type_ids]).astype(np.int8)
-    return PackedPairs(ids, types, np.concatenate([[0], np.cumsum(lengths)]), encoder.pad_token_id)
-
-
-def concatenate_pairs(parts: Sequence[PackedPairs]) -> PackedPairs:
-    """Several packs as one, in order."""
-    types = [part.token_types for part in parts if part.token_types is not None]
-    return PackedPairs(
-        np.concatenate([part.token_ids for part in parts]),
-        np.concatenate(types) if types else None,
-        np.concatenate([[0], np.cumsum(np.concatenate([part.lengths for part in parts]))]),
-        parts[0].pad_token_id,
-    )
-
-
 def encode_groups(
-    tables: Iterable[pa.Table], encoder: PairEncoder, max_group_products: int, seed: int, max_groups: int | None = None
+    tables: Iterable[pa.Table],
+    reader: Reader[Any],
+    scale: LabelScale,
+    max_group_products: int,
+    seed: int,
+    *,
+    max_groups: int | None = None,
+    with_classes: bool = False,
+    label_smoothing: float = 0.0,
 ) -> TrainingGroups:
     """Tokenise groups for a student.
 
@@ -179,22 +119,26 @@ def encode_groups(
 
     Args:
         tables: LABELED_GROUP or JUDGED_GROUP tables.
-        encoder: the student's.
+        reader: the student's.
+        scale: of the human grades.
         max_group_products: a larger group is cut, at random by `seed`, into parts of nearly equal size.
         max_groups: only the first so many groups are read.
+        with_classes: keep class logits, too; those of a judged pair are the log of its soft distribution.
+        label_smoothing: of that distribution.
 
     Raises:
-        UserError: no group of two usable pairs.
+        UserError: no group of two usable pairs, or class logits of differing numbers of classes.
     """
-    packs, targets, groups = [], [], []
+    packs, targets, classes, grades, groups = [], [], [], [], []
     num_pairs = num_read = 0
     for table in tables:
         if max_groups is not None:
             table = table.slice(0, max_groups - num_read)
         for start in range(0, table.num_rows, GROUPS_AT_ONCE):
-            flat = flatten_groups(table.slice(start, GROUPS_AT_ONCE))
+            chunk = table.slice(start, GROUPS_AT_ONCE)
+            flat = flatten_groups(chunk)
             target = _targets(flat)
-            pack = pack_pairs(encoder, flat.queries, flat.products, np.isfinite(target))
+            pack = reader.pack(flat.queries, flat.products, np.isfinite(target))
             usable = np.flatnonzero(pack.lengths)
             cuts = np.searchsorted(usable, flat.offsets)
             for number, (first, last) in enumerate(itertools.pairwise(cuts), start=num_read + start):
@@ -203,24 +147,46 @@ def encode_groups(
                     groups += _cut(rows, max_group_products, [seed, number])
             packs.append(pack)
             targets.append(target)
+            class_logits = _class_logits(chunk, flat, scale, label_smoothing)
+            grades.append(class_logits.argmax(axis=1).astype(np.int8))
+            if with_classes:
+                classes.append(class_logits)
             num_pairs += len(target)
         num_read += table.num_rows
     if not groups:
         raise UserError("there is no group with two labeled products to train on; look at the errors of the label step")
     sizes = [len(rows) for rows in groups]
     return TrainingGroups(
-        concatenate_pairs(packs),
+        reader.concatenate(packs),
         np.concatenate(targets),
+        _concatenate_classes(classes) if with_classes else None,
+        np.concatenate(grades),
         np.concatenate(groups),
         np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]),
     )
 
 
-def encode_judged(judged: pa.Table, encoder: PairEncoder, scale: LabelScale) -> JudgedPairs:
+def join_groups(parts: Sequence[TrainingGroups], reader: Reader[Any]) -> TrainingGroups:
+    """Groups of several sources as one set, in order."""
+    if len(parts) == 1:
+        return parts[0]
+    starts = np.cumsum([0, *(len(part.target) for part in parts)])
+    offsets = np.cumsum([0, *(len(part.rows) for part in parts)])
+    return TrainingGroups(
+        reader.concatenate([part.pairs for part in parts]),
+        np.concatenate([part.target for part in parts]),
+        None if parts[0].classes is None else _concatenate_classes([p.classes for p in parts if p.classes is not None]),
+        np.concatenate([part.grade for part in parts]),
+        np.concatenate([part.rows + start for part, start in zip(parts, starts, strict=False)]),
+        np.concatenate([[0], *(part.group_offsets[1:] + offset for part, offset in zip(parts, offsets, strict=False))]),
+    )
+
+
+def encode_judged(judged: pa.Table, reader: Reader[Any], scale: LabelScale) -> JudgedPairs:
     """Tokenise judged groups for evaluation; every pair keeps its row, encoded or not."""
     flat = flatten_groups(judged)
     gains = np.asarray([scale.gain(grade) for grade in flat.values("grade")], dtype=np.float64)
-    return JudgedPairs(pack_pairs(encoder, flat.queries, flat.products), gains, flat.offsets)
+    return JudgedPairs(reader.pack(flat.queries, flat.products), gains, flat.offsets)
 
 
 def grade_distributions(judged: pa.Table, scale: LabelScale, label_smoothing: float) -> np.ndarray:
@@ -258,6 +224,31 @@ def _targets(flat: FlatGroups) -> np.ndarray:
         return (np.log(p) - np.log1p(-p)).astype(np.float32)
     failed = pc.is_valid(pc.struct_field(flat.candidates, "error")).to_numpy(zero_copy_only=False)
     return np.where(failed, np.float32(np.nan), flat.floats("logit"))
+
+
+def _class_logits(groups: pa.Table, flat: FlatGroups, scale: LabelScale, label_smoothing: float) -> np.ndarray:
+    """float32 [n, K]: the teacher's, or the log of a human's soft distribution; zeros where a pair has none."""
+    if "soft_target" in {field.name for field in flat.candidates.type}:
+        p = grade_distributions(groups, scale, label_smoothing)
+        return np.log(np.clip(p, SOFT_TARGET_FLOOR, None)).astype(np.float32)
+    column = pc.struct_field(flat.candidates, "class_logits")
+    sizes = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
+    num_classes = int(sizes.max(initial=1))
+    out = np.zeros((len(sizes), num_classes), dtype=np.float32)
+    assert set(np.unique(sizes)) <= {0, num_classes}, np.unique(sizes)  # one engine labeled them all
+    found = column.flatten().fill_null(0.0).to_numpy(zero_copy_only=False)
+    out[sizes > 0] = found.reshape(-1, num_classes)
+    return out
+
+
+def _concatenate_classes(parts: Sequence[np.ndarray]) -> np.ndarray:
+    widths = sorted({part.shape[1] for part in parts})
+    if len(widths) > 1:
+        raise UserError(
+            f"the labels have {' and '.join(map(str, widths))} classes, and student.kl_weight needs them to have as many; "
+            "set it to 0, or train a teacher with the classes of the scale (teacher.num_classes)"
+        )
+    return np.concatenate(parts)
 
 
 def _cut(rows: np.ndarray, max_rows: int, seed: list[int]) -> list[np.ndarray]:

@@ -6,16 +6,26 @@ keeps the first layers of its parent, which is where its attention has learnt wo
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from relevance_ray.engines.sequence import build_sequence_folder
+import numpy as np
+import torch
+from torch import nn
+
+from relevance_ray.engines.encoding import PairEncoder
+from relevance_ray.engines.sequence import build_start_folder
 from relevance_ray.model_folder import ModelInfo
 from relevance_ray.models import resolve_model
 from relevance_ray.schema import LabelScale
-from relevance_ray.student.options import CrossEncoderOptions
+from relevance_ray.student import packed
+from relevance_ray.student.options import EncoderOptions
+from relevance_ray.student.packed import PackedTokens
+from relevance_ray.student.reading import device_of, in_runs, usable_rows
 
 
-def build_cross_encoder(options: CrossEncoderOptions, scale: LabelScale, out: Path, seed: int) -> None:
+def build_cross_encoder(options: EncoderOptions, scale: LabelScale, out: Path, seed: int) -> None:
     """Write the folder a student starts from: pretrained layers and a fresh head, decided by `seed`.
 
     Raises:
@@ -23,6 +33,31 @@ def build_cross_encoder(options: CrossEncoderOptions, scale: LabelScale, out: Pa
     """
     info = ModelInfo(kind="cross_encoder", scale=scale, template=options.template())
     source = resolve_model(options.model)
-    build_sequence_folder(
+    build_start_folder(
         source, info, out, num_labels=1, num_layers=options.num_layers, dropout=options.dropout, seed=seed
     )
+
+
+class CrossReader:
+    """Reads pairs as one input each: the reader of cross-encoders, and of classifiers."""
+
+    def __init__(self, encoder: PairEncoder) -> None:
+        self.encoder = encoder
+
+    def pack(
+        self, queries: Sequence[str], products: Sequence[Mapping[str, Any]], wanted: np.ndarray | None = None
+    ) -> PackedTokens:
+        """Tokenise n pairs; those not `wanted` (bool [n]), unfit for any model, or without room are left empty."""
+        keep = usable_rows(queries, products, wanted)
+        encoded = self.encoder.encode([queries[row] for row in keep], [products[row] for row in keep])
+        lengths = np.zeros(len(queries), dtype=np.int64)
+        lengths[keep] = encoded.lengths
+        return packed.pack(encoded.input_ids, encoded.token_type_ids, lengths, self.encoder.pad_token_id)
+
+    def concatenate(self, parts: Sequence[PackedTokens]) -> PackedTokens:
+        return packed.concatenate(parts)
+
+    def outputs(self, model: nn.Module, tokens: PackedTokens, rows: np.ndarray) -> torch.Tensor:
+        """Outputs of a sequence classifier for some rows, float32 [len(rows), num_labels]: rows of like length in one
+        pass, so that hardly any token is padding."""
+        return in_runs(tokens, rows, device_of(model), lambda **inputs: model(**inputs).logits)

@@ -9,13 +9,15 @@ from relevance_ray.templates import Template
 
 
 @dataclass(frozen=True)
-class CrossEncoderOptions:
-    """A cross-encoder: query and product read together, one logit out."""
+class EncoderOptions:
+    """The encoder that a student is made of, and how it reads."""
 
     __pydantic_config__ = STRICT
     model: str = option("minilm", "Encoder to start from: a short name, a hub id, or a folder")
     num_layers: int | None = option(None, "Keep only the first layers; unset: all of them")
-    max_tokens: int = option(96, "Tokens of query and product together; the product is cut, never the query")
+    max_tokens: int = option(
+        96, "Tokens of query and product together, of which the product is cut, never the query; of each in a two-tower"
+    )
     fields: list[str] = option(["title", "brand", "color"], "Product fields the model reads, in order")
     dropout: float = option(
         0.0,

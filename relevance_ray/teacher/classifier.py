@@ -13,7 +13,7 @@ import peft
 import torch
 from torch import nn
 
-from relevance_ray.engines.sequence import build_sequence_folder, is_causal
+from relevance_ray.engines.sequence import build_start_folder, is_causal
 from relevance_ray.model_folder import ModelInfo
 from relevance_ray.models import resolve_model
 from relevance_ray.schema import LabelScale
@@ -29,7 +29,7 @@ def build_classifier(options: ClassifierOptions, scale: LabelScale, out: Path, s
     source = resolve_model(options.model)
     info = ModelInfo(kind="classifier", scale=scale, template=options.template(causal=is_causal(source)))
     num_labels = 1 if options.num_classes == "single" else scale.num_classes
-    build_sequence_folder(
+    build_start_folder(
         source, info, out, num_labels=num_labels, num_layers=options.num_layers, dropout=options.dropout, seed=seed
     )
 

@@ -30,6 +30,7 @@ class LoopState:
         seconds: time spent in steps, over all runs of this loop.
         best_step: the step whose weights are the best so far; -1 before the first evaluation.
         best_metrics: what was measured there.
+        ended: whether there is nothing left to do, be it before the last step.
     """
 
     step: int = 0
@@ -37,6 +38,7 @@ class LoopState:
     seconds: float = 0.0
     best_step: int = -1
     best_metrics: dict[str, float] = field(default_factory=dict)
+    ended: bool = False
 
 
 def trained_weights(model: nn.Module) -> dict[str, torch.Tensor]:

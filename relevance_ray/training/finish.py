@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from relevance_ray.calibration import OrdinalCalibration
 from relevance_ray.errors import UserError
-from relevance_ray.model_folder import INFO_FILE, ModelInfo, finish_folder, read_model_info, staged_folder
+from relevance_ray.model_folder import INFO_FILE, finish_folder, read_model_info, staged_folder
 from relevance_ray.schema import LabelScale
 from relevance_ray.student.collate import grade_distributions, read_judged_split
 from relevance_ray.training.fit import FitResult
@@ -55,8 +56,8 @@ def publish_fit(
         "seconds": result.seconds,
         "pairs_per_second": round(result.pairs_per_second, 2),
     }
-    started = read_model_info(start)
-    info = ModelInfo(started.kind, started.scale, started.template, calibration, {"training": summary})
+    trained = read_model_info(result.model_folder)
+    info = replace(trained, calibration=calibration, extra={**trained.extra, "training": summary})
     with staged_folder(out_dir) as partial:
         shutil.copytree(result.model_folder, partial, dirs_exist_ok=True)
         finish_folder(partial, info)

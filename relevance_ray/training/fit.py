@@ -51,6 +51,15 @@ class Task(Protocol):
     costs: np.ndarray
     num_pairs: np.ndarray
 
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """The order of the examples in one epoch, int64 [num_examples]: a pure function of its arguments."""
+
+    def compile(self) -> None:
+        """Train through `torch.compile` from now on."""
+
+    def begin(self, examples: np.ndarray) -> None:
+        """Told all examples of this worker in a step before their losses are asked for; collective."""
+
     def loss(self, examples: np.ndarray) -> torch.Tensor:
         """The summed (not averaged) loss of some examples, as a scalar in the graph."""
 
@@ -149,6 +158,8 @@ class _Loop:
         self.rank, self.world = distributed.rank(), distributed.world_size()
         self.device = training_device()
         self.model = task.model.to(self.device)
+        if options.compiled:
+            task.compile()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.gradient = _flat_gradient(self.parameters)
         self.optimizer = _adamw(self.parameters, options)
@@ -165,17 +176,20 @@ class _Loop:
     def run(self) -> None:
         self._open_log()
         order, order_epoch = np.empty(0, dtype=np.int64), -1
-        for step in range(self.state.step, self.num_steps):
+        for step in range(self.state.step, self.num_steps if not self.state.ended else 0):
             epoch, place = divmod(step, self.steps_per_epoch)
             if epoch != order_epoch:
-                order, order_epoch = epoch_order(self.num_examples, self.options.seed, epoch), epoch
+                order, order_epoch = self.task.order(self.options.seed, epoch), epoch
             size = self.options.batch_size
             self._step(step, epoch, order[place * size : (place + 1) * size])
             last = step + 1 == self.num_steps
             if (step + 1) % self.eval_every == 0 or last:
                 self._evaluate()
+                last = self.state.ended = last or self._patience_is_over()
             if (step + 1) % self.options.checkpoint_every == 0 or last:
                 self._checkpoint()
+            if last:
+                break
 
     def finish(self, keep_model: bool) -> FitResult:
         """Put the best weights back, predict, and write model (if wanted), predictions and result, in this order."""
@@ -209,6 +223,8 @@ class _Loop:
         mine = share_by_cost(batch, self.task.costs[batch], self.world)[self.rank]
         self.gradient.zero_()
         total = torch.zeros((), device=self.device)
+        with self._autocast():
+            self.task.begin(mine)
         for micro_batch in micro_batches(mine, self.task.costs[mine], self.options.max_batch_tokens):
             with self._autocast():
                 loss = self.task.loss(micro_batch) / len(batch)
@@ -254,6 +270,10 @@ class _Loop:
                 checkpoint.save_file(self._best_file(), checkpoint.trained_weights(self.model))
         self._log({"step": self.state.step, "steps": self.num_steps, "dev": metrics})
 
+    def _patience_is_over(self) -> bool:
+        waited = (self.state.step - self.state.best_step) // self.eval_every
+        return bool(self.options.patience) and waited >= self.options.patience
+
     def _checkpoint(self) -> None:
         if self.rank == 0:
             checkpoint.save_checkpoint(self.checkpoints, self.model, self.optimizer, self.state)
@@ -291,11 +311,6 @@ class _Loop:
 def training_device() -> torch.device:
     """The GPU that was made current for this worker, else the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of the examples in one epoch: int64 [num_examples], a pure function of its arguments."""
-    return np.random.default_rng([seed, epoch]).permutation(num_examples)
 
 
 def share_by_cost(examples: np.ndarray, costs: np.ndarray, num_workers: int) -> list[np.ndarray]:

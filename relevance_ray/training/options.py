@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields, replace
 from typing import Any, Literal
 
 from relevance_ray.options import STRICT, option
-from relevance_ray.student.options import CrossEncoderOptions
+from relevance_ray.student.options import EncoderOptions
 from relevance_ray.teacher.options import ClassifierOptions
 
 
@@ -26,12 +26,16 @@ class FitOptions:
     eval_every: int = option(
         0, "Steps between evaluations on the dev queries, the best of which is kept; 0: after each epoch"
     )
+    patience: int = option(0, "End after so many evaluations without a better one; 0: never")
     seed: int = option(0, "Decides the order of the examples, dropout, and every fresh weight")
     precision: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "auto: bfloat16 on a GPU, float32 on a CPU (where bfloat16 is slower unless the CPU has it natively)"
     )
     max_batch_tokens: int = option(8192, "Tokens whose activations one worker holds at once", operational=True)
     checkpoint_every: int = option(100, "Steps between checkpoints to resume from", operational=True)
+    compiled: bool = option(
+        False, "Train through torch.compile, which takes a minute to pay for itself", operational=True
+    )
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "max_batch_tokens", "checkpoint_every"):
@@ -42,8 +46,8 @@ class FitOptions:
                 raise ValueError(f"{name} {getattr(self, name)} must be above 0")
         if not 0.0 <= self.warmup_ratio <= 1.0:
             raise ValueError(f"warmup_ratio {self.warmup_ratio} must be in [0, 1]")
-        if self.weight_decay < 0 or self.eval_every < 0 or self.seed < 0:
-            raise ValueError("weight_decay, eval_every and seed must not be negative")
+        if self.weight_decay < 0 or self.eval_every < 0 or self.patience < 0 or self.seed < 0:
+            raise ValueError("weight_decay, eval_every, patience and seed must not be negative")
 
 
 @dataclass(frozen=True)
@@ -67,29 +71,67 @@ class TeacherFitOptions(FitOptions):
     warmup_ratio: float = option(0.1, "Share of the steps that warm up")
 
 
+_WEIGHTS = ("margin_weight", "level_weight", "bce_weight", "kl_weight", "infonce_weight")
+
+
 @dataclass(frozen=True)
-class StudentOptions(CrossEncoderOptions):
-    """The student and how it is distilled."""
+class StudentOptions(EncoderOptions):
+    """The student and how it is distilled: a weighted sum of losses, over groups of the teacher's and of human labels."""
 
     __pydantic_config__ = STRICT
-    kind: Literal["cross_encoder"] = option("cross_encoder", "The architecture")
+    kind: Literal["cross_encoder", "two_tower"] = option(
+        "cross_encoder", "Query and product read together, or each to a vector of its own"
+    )
+    margin_weight: float = option(1.0, "Weight of the squared error of margins within a query")
+    margins: Literal["all", "differing"] = option(
+        "all", "Margins between all products of a query, or only between those of differing grade"
+    )
     level_weight: float = option(
         0.05, "Weight of the mean difference to the teacher; 0 is the paper's form, margins alone"
     )
-    loss: Literal["margin_mse", "soft_bce"] = option(
-        "margin_mse", "Loss on the labels: their margins, or binary cross-entropy on their sigmoid"
+    bce_weight: float = option(0.0, "Weight of the binary cross-entropy on the sigmoid of the teacher's logit")
+    kl_weight: float = option(0.0, "Weight of the KL divergence to the teacher's classes")
+    kl_temperature: float = option(2.0, "Temperature of both sides of the KL divergence")
+    infonce_weight: float = option(
+        0.0, "Two-tower: weight of the contrast of a query's relevant products with all others of the batch"
     )
+    infonce_temperature: float = option(0.05, "Temperature of that contrast")
     max_group_products: int = option(16, "Larger groups are cut, at random, into parts of at most this many products")
+    human_share: float = option(
+        0.0, "Share of the training groups that are human judgments, repeated as often as that takes"
+    )
+    human_order: Literal["mixed", "last"] = option("mixed", "Human judgments among the others, or after them")
     fit: FitOptions = option(FitOptions(), "The loop")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.level_weight < 0:
-            raise ValueError(f"level_weight {self.level_weight} must not be negative")
+        for name in _WEIGHTS:
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} {getattr(self, name)} must not be negative")
+        if not any(getattr(self, name) for name in _WEIGHTS):
+            raise ValueError(f"one of {', '.join(_WEIGHTS)} must be above 0")
+        for name in ("kl_temperature", "infonce_temperature"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} {getattr(self, name)} must be above 0")
+        if self.infonce_weight and self.kind != "two_tower":
+            raise ValueError("infonce_weight is read by kind two_tower only; leave it out")
+        if self.infonce_weight and self.dropout:
+            raise ValueError("infonce_weight needs dropout 0, since it encodes each text twice")
         if self.max_group_products < 2:
             raise ValueError(
                 f"max_group_products {self.max_group_products} must be at least 2: a margin needs two products"
             )
+        if not 0.0 <= self.human_share < 1.0:
+            raise ValueError(f"human_share {self.human_share} must be at least 0 and below 1")
+
+    def on_human_labels(self, loss: str, fit: FitOptions) -> StudentOptions:
+        """The same student on human judgments alone, by one loss (`margin_mse`, `soft_bce`)."""
+        weights: dict[str, Any] = dict.fromkeys(_WEIGHTS, 0.0)
+        if loss == "soft_bce":
+            weights["bce_weight"] = 1.0
+        else:
+            weights |= {"margin_weight": 1.0, "level_weight": self.level_weight}
+        return replace(self, **weights, human_share=0.0, fit=fit)
 
 
 _OF_CLASSIFIERS = ("num_layers", "num_classes", "lora", "prompt", "dropout", "fit")

@@ -14,11 +14,12 @@ from relevance_ray.calibration import logit_of_classes
 from relevance_ray.engines.base import SINGLE_LOGIT_GAINS
 from relevance_ray.schema import LabelScale
 from relevance_ray.student.cross_encoder import build_cross_encoder
+from relevance_ray.student.two_tower import build_two_tower
 from relevance_ray.training.finish import calibrate, check_dev_queries, finished_summary, publish_fit
 from relevance_ray.training.fit import OnProgress
 from relevance_ray.training.options import StudentOptions
 from relevance_ray.training.runners import Job, Runner, local_runner
-from relevance_ray.training.tasks import StudentTaskSpec
+from relevance_ray.training.student_task import StudentTaskSpec
 
 
 def train_student(
@@ -31,6 +32,7 @@ def train_student(
     runner: Runner = local_runner,
     on_progress: OnProgress | None = None,
     max_groups: int | None = None,
+    label_smoothing: float = 0.0,
 ) -> dict[str, Any]:
     """Train, calibrate on the dev queries, and put the model folder in place.
 
@@ -44,6 +46,7 @@ def train_student(
         runner: `local_runner`, or one from `ray_runner`.
         on_progress: called with lines of the log.
         max_groups: only the first so many groups, for a scaling curve.
+        label_smoothing: mass of a human grade that leaks to its neighbours, where classes are distilled.
 
     Returns:
         The summary that also stands in the folder's `relevance.json` under `extra.training`.
@@ -55,15 +58,14 @@ def train_student(
         return summary
     check_dev_queries(judged_file)
     start = work_dir / "start"
-    build_cross_encoder(options, scale, start, options.fit.seed)
+    build = build_two_tower if options.kind == "two_tower" else build_cross_encoder
+    build(options, scale, start, options.fit.seed)
     spec = StudentTaskSpec(
         start=str(start.absolute()),
         train_files=tuple([judged_file] if train_files is None else train_files),
         judged_file=judged_file,
-        loss=options.loss,
-        level_weight=options.level_weight,
-        max_group_products=options.max_group_products,
-        seed=options.fit.seed,
+        options=options,
+        label_smoothing=label_smoothing,
         max_groups=max_groups,
     )
     [result] = runner([Job(spec, options.fit, work_dir / "fit")], on_progress)

@@ -30,7 +30,7 @@ from relevance_ray.training.finish import calibrate, check_dev_queries, finished
 from relevance_ray.training.fit import FitResult, OnProgress, read_result
 from relevance_ray.training.options import TeacherMemberOptions, TeacherOptions
 from relevance_ray.training.runners import Job, Runner, local_runner
-from relevance_ray.training.tasks import TeacherTaskSpec, query_folds
+from relevance_ray.training.teacher_task import TeacherTaskSpec, query_folds
 
 Products = Callable[[], Iterable[pa.Table]]
 

@@ -1,0 +1,110 @@
+"""Contrast over a whole global batch, however it is split over workers and micro-batches.
+
+A product is a negative of every other query of the batch, so no worker, and no micro-batch, can take this loss by itself.
+First all vectors are computed without a graph and exchanged; each worker then has the gradient of the whole loss with
+respect to its own vectors, and brings it in where it computes them again with a graph (gradient caching, Gao et al.,
+arXiv 2101.06983). The price is a second forward pass.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+
+from relevance_ray import losses
+from relevance_ray.student.two_tower import TowerReader, TowerTokens, TwoTower
+from relevance_ray.training import distributed
+
+
+class Contrast:
+    """InfoNCE of a two-tower over global batches.
+
+    Args:
+        temperature: of the contrast.
+    """
+
+    def __init__(self, temperature: float) -> None:
+        self.temperature = temperature
+
+    def begin(
+        self,
+        reader: TowerReader,
+        model: TwoTower,
+        tokens: TowerTokens,
+        examples: np.ndarray,
+        rows: np.ndarray,
+        place: np.ndarray,
+        positive: np.ndarray,
+    ) -> None:
+        """Take the gradient of the global batch.
+
+        Args:
+            examples: int64 [g], those of this worker.
+            rows: int64 [n], their pairs, example after example.
+            place: int64 [n], the place among `examples` of each pair.
+            positive: bool [n].
+        """
+        starts = np.searchsorted(place, np.arange(len(examples) + 1))
+        mine = _vectors(reader, model, tokens, rows, starts[:-1])
+        parts = distributed.gather((*mine, place, positive, _identities(tokens, rows)))
+        all_queries, all_products, places, positives, identities = (list(column) for column in zip(*parts, strict=True))
+        first_group = np.cumsum([0, *(len(part) for part in all_queries)])
+        first_row = np.cumsum([0, *(len(part) for part in all_products)])
+        queries = torch.from_numpy(np.concatenate(all_queries)).requires_grad_()
+        products = torch.from_numpy(np.concatenate(all_products)).requires_grad_()
+        group = np.concatenate([part + start for part, start in zip(places, first_group, strict=False)])
+        by_query = losses.info_nce(
+            queries,
+            products,
+            torch.from_numpy(group),
+            torch.from_numpy(np.concatenate(positives)),
+            torch.from_numpy(np.concatenate(identities)),
+            self.temperature,
+        )
+        by_query.sum().backward()
+        assert queries.grad is not None and products.grad is not None  # noqa: PT018
+        own_groups = slice(first_group[distributed.rank()], first_group[distributed.rank() + 1])
+        own_rows = slice(first_row[distributed.rank()], first_row[distributed.rank() + 1])
+        self._values = by_query.detach()[own_groups]
+        self._query_gradient, self._product_gradient = queries.grad[own_groups], products.grad[own_rows]
+        self._starts, self._place_of = starts, {int(example): index for index, example in enumerate(examples)}
+
+    def loss(
+        self, examples: np.ndarray, queries: torch.Tensor, products: torch.Tensor, place: np.ndarray
+    ) -> torch.Tensor:
+        """The loss of some examples of the batch that was begun: [g], with the gradient of the whole batch's.
+
+        Args:
+            queries, products: [n, d] unit vectors of their pairs, in the graph; a query's stands beside each product.
+            place: int64 [n], the place among `examples` of each pair.
+        """
+        device = queries.device
+        own = np.asarray([self._place_of[int(example)] for example in examples])
+        rows = np.concatenate([np.arange(self._starts[index], self._starts[index + 1]) for index in own])
+        first = torch.from_numpy(np.searchsorted(place, np.arange(len(examples)))).to(device)
+        gradient = self._query_gradient[own].to(device), self._product_gradient[rows].to(device)
+        by_product = (products * gradient[1]).sum(dim=1)
+        carrier = (queries[first] * gradient[0]).sum(dim=1).index_add(0, torch.from_numpy(place).to(device), by_product)
+        return self._values[own].to(device) + carrier - carrier.detach()
+
+
+def _vectors(
+    reader: TowerReader, model: TwoTower, tokens: TowerTokens, rows: np.ndarray, first: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Unit vectors of the queries [g, d] and products [n, d] of this worker; `first` [g]: where its rows begin."""
+    if not len(rows):
+        none = np.empty((0, int(model.encoder.config.hidden_size)), dtype=np.float32)
+        return none, none
+    with torch.no_grad():
+        queries, products = reader.vectors(model, tokens, rows)
+    return queries[torch.from_numpy(first).to(queries.device)].cpu().numpy(), products.cpu().numpy()
+
+
+def _identities(tokens: TowerTokens, rows: np.ndarray) -> np.ndarray:
+    """int64 [n]: equal for products of equal tokens, on all workers."""
+    texts = tokens.texts
+    spans = (texts.token_ids[texts.offsets[text] : texts.offsets[text + 1]] for text in tokens.product[rows])
+    digests = b"".join(hashlib.blake2b(span.tobytes(), digest_size=8).digest() for span in spans)
+    return np.frombuffer(digests, dtype=np.int64)
