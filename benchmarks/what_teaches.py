@@ -5,10 +5,12 @@ on the training queries), and trains the same student on them, once a seed; the 
 student's fresh weights. Students rank the held-out judged queries: nDCG of each query, averaged over the seeds, and the
 difference to the first variant with an interval over queries (paired bootstrap; the seeds' spread is told beside it).
 
-    python benchmarks/what_teaches.py origins|sources --data FOLDER --format esci|homedepot [--quick] [--work FOLDER]
+    python benchmarks/what_teaches.py origins|sources --data FOLDER --format esci|homedepot|chorus [--quick] [--work FOLDER]
 
-Killed and started again it goes on where it was. All variants share one root: the catalog's index, the teacher and every
-label that two of them need are made once.
+`--queries FILE` is a log of a shop's queries (Best Buy's, say, for Chorus, which sells the same kind of things); without one
+the log is the judged train queries, and where these are few, `--log-candidates` gives each as many products as the number
+of pairs takes. Killed and started again it goes on where it was. All variants share one root: the catalog's index, the
+teacher and every label that two of them need are made once.
 """
 
 from __future__ import annotations
@@ -63,7 +65,9 @@ def config_of(arguments: argparse.Namespace, variant: dict[str, Any], seed: int,
             "source": ["log", "titles"],
             "num_pairs": 800 if quick else arguments.pairs,
             "seed": seed,
-            "candidates_per_query": arguments.candidates,
+            "candidates_per_query": arguments.log_candidates
+            if variant.get("source") == "log"
+            else arguments.candidates,
             **variant,
         },
         "student": {"num_layers": 2 if quick else arguments.layers, "max_tokens": 64, "fit": {"seed": seed}},
@@ -110,6 +114,8 @@ def main() -> None:
     parser.add_argument("--data", help="folder of the official files")
     parser.add_argument("--pairs", type=int, default=6000)
     parser.add_argument("--candidates", type=int, default=8, help="products of each query")
+    parser.add_argument("--log-candidates", type=int, help="of each query of variant log; as of the others")
+    parser.add_argument("--queries", help="a query log: Parquet, CSV or JSON lines")
     parser.add_argument("--layers", type=int, default=3, help="of the student")
     parser.add_argument("--seeds", type=int, help="3; 1 with --quick")
     parser.add_argument("--only", action="append", help="a variant by name, beside the first; repeatable")
@@ -120,6 +126,9 @@ def main() -> None:
     arguments.data = arguments.data or f"{default_data}/{arguments.format}"
     # Few judged queries: half of them are held out, whatever the official split says.
     arguments.data_options = {} if arguments.format == "homedepot" else {"folds": 2, "fold": 0}
+    if arguments.queries:
+        arguments.data_options["queries"] = str(Path(arguments.queries).resolve())
+    arguments.log_candidates = arguments.log_candidates or arguments.candidates
     seeds = arguments.seeds or (1 if arguments.quick else 3)
     variants = STUDIES[arguments.study]
     names = list(variants)[: 2 if arguments.quick else None]

@@ -1,9 +1,8 @@
 """The words of a text, in any script: what BM25 counts, and what queries are compared by.
 
 Runs of letters, marks and digits are words, NFKC and casefolded, Latin letters without their accents, which shoppers leave
-out. Scripts that put no spaces between words (Han, Kana, Thai
-and their like) give overlapping pairs of characters instead, as Lucene's CJKAnalyzer does: no dictionary, and a query finds
-the titles that hold its characters side by side.
+out. Scripts that put no spaces between words (Han, Kana, Thai and their like) give overlapping pairs of characters
+instead, as Lucene's CJKAnalyzer does: no dictionary, and a query finds the titles that hold its characters side by side.
 """
 
 from __future__ import annotations
@@ -21,13 +20,19 @@ _ASCII_RUN = re.compile(r"\w+")
 _ACCENTS = regex.compile(r"(?<=\p{Latin}\p{Mn}*)\p{Mn}")
 
 
+def without_accents(text: str) -> str:
+    """A text with its Latin letters bare, as shoppers type them; accents of other scripts make other letters, and stay."""
+    if text.isascii():
+        return text
+    return unicodedata.normalize("NFC", _ACCENTS.sub("", unicodedata.normalize("NFD", text)))
+
+
 def tokenize(text: str) -> list[str]:
     """The words of a text in their order, repeated ones again."""
     normal = unicodedata.normalize("NFKC", text).casefold()
     if normal.isascii():
         return _ASCII_RUN.findall(normal)
-    plain = _ACCENTS.sub("", unicodedata.normalize("NFD", normal))
-    normal = unicodedata.normalize("NFC", plain)
+    normal = without_accents(normal)
     out: list[str] = []
     for found in _RUN.finditer(normal):
         run = found[0]

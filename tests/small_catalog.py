@@ -11,13 +11,13 @@ import pyarrow.parquet as pq
 from relevance_ray.data.splits import LeakGuard
 from relevance_ray.generate.index.catalog import Catalog, ProductFile, build_catalog, products_file, search_text
 from relevance_ray.generate.index.dense import part_name
-from relevance_ray.generate.index.lexical import Lexicon, build_lexicon, index_words
+from relevance_ray.generate.index.lexical import Lexicon, build_lexicon, write_postings
 from relevance_ray.generate.index.search import ShardSearch
 from relevance_ray.generate.options import GenerateOptions
 from relevance_ray.generate.queries.sources import (
     PoolCounts,
     log_queries,
-    mix,
+    mix_sources,
     title_queries,
 )
 from relevance_ray.generate.queries.titles import TitleProduct
@@ -82,7 +82,7 @@ def make_search(
         batches = ProductFile(folder / "catalog" / products_file(shard)).batches(
             ["title", "brand", "color", "category"]
         )
-        index_words((search_text(batch.to_pydict()) for batch in batches), folder / f"postings/{shard:05d}", ["en"])
+        write_postings((search_text(batch.to_pydict()) for batch in batches), folder / f"postings/{shard:05d}", ["en"])
         if vectors is not None:
             rows = np.asarray(catalog.shard_rows(shard))
             (folder / f"vectors/{shard:05d}").mkdir(parents=True)
@@ -122,7 +122,7 @@ def stream_of(products: list[dict], options: GenerateOptions, log: list[str], gu
     table = pa.Table.from_pylist([{"query": q, "frequency": 1} for q in log], schema=QUERY)
     keys = np.arange(len(texts), dtype=np.uint64)
     titles = title_queries(keys, lambda rows: [(texts[row], "us") for row in rows], lambda word: True, options)
-    return mix([(1.0, log_queries(table, 0, 0.5, {})), (3.0, titles)], guard, counts)
+    return mix_sources([(1.0, log_queries(table, 0, 0.5, {})), (3.0, titles)], guard, counts)
 
 
 def write_pairs(path: Path, rows: list[str]) -> str:

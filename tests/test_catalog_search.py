@@ -14,6 +14,7 @@ from small_catalog import make_products, make_search, product_table
 from relevance_ray.errors import UserError
 from relevance_ray.generate.index.catalog import build_catalog, search_text
 from relevance_ray.generate.index.dense import Vectors, part_name, sample_rows
+from relevance_ray.generate.index.lexical import word_hash, write_postings
 from relevance_ray.generate.index.search import ShardSearch, SpreadSearch
 from relevance_ray.generate.index.tops import Top, merge
 from relevance_ray.generate.queries.keys import TextSet
@@ -146,6 +147,26 @@ def test_catalog_gives_rows_in_the_order_asked(tmp_path: Path, per_shard: int) -
     assert taken[1]["attributes"] == [("size", "0")]
     assert taken[0]["attributes"] is None
     assert catalog.num_products == catalog.num_distinct == 240
+
+
+def test_stopwords_are_left_out_with_and_without_their_accents(tmp_path: Path) -> None:
+    texts = ["Regal für die Küche", "Der Tisch fur draußen"]
+    write_postings([texts], tmp_path / "postings", ["de"])
+    known = set(np.load(tmp_path / "postings" / "words.npy").tolist())
+    words = ("regal", "kuche", "tisch", "draussen")
+    assert known == {word_hash(word) for word in words}
+
+
+def test_dense_lists_of_many_queries_are_those_of_each_alone(tmp_path: Path) -> None:
+    vectors = np.random.default_rng(0).normal(size=(300, 8)).astype(np.float32)
+    np.save(tmp_path / "rows.npy", np.arange(300))
+    np.save(tmp_path / part_name(0), vectors)
+    shard = Vectors(tmp_path)
+    queries = np.random.default_rng(1).normal(size=(70, 8)).astype(np.float32)
+    for query, top in zip(queries, shard.top(queries, 5), strict=True):
+        [alone] = shard.top(query[None], 5)
+        assert top.rows.tolist() == alone.rows.tolist()
+        assert top.scores.tolist() == alone.scores.tolist()
 
 
 def test_empty_catalog_is_refused(tmp_path: Path) -> None:

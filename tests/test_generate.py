@@ -33,6 +33,7 @@ from small_catalog import (
 from relevance_ray.data.splits import LeakGuard
 from relevance_ray.errors import UserError
 from relevance_ray.generate.candidates import query_seed
+from relevance_ray.generate.index import catalog_index
 from relevance_ray.generate.index.catalog_index import latest_vectors
 from relevance_ray.generate.options import GenerateOptions
 from relevance_ray.generate.pipeline import generate
@@ -108,7 +109,9 @@ def lexical_options(**values: object) -> GenerateOptions:
 
 def test_more_pairs_keep_the_shards_that_exist(tmp_path: Path, ray_cluster: None) -> None:
     log = [f"{color} {kind}" for color in COLORS for kind in TYPES]
-    held_out = ["acme red lamp", "pink yoga mats", "blue rain jacket"]
+    held_out = ["acme red lamp", "pink yoga mats", "blue rain jacket", "lámpara de mesa"]
+    planted = ["lampara de mesa", "rain jacket, blue", "blue rain jackets"]
+    log = planted + log
     prepared = make_prepared(tmp_path / "prepare", make_products(), log, held_out)
     out = tmp_path / "generate"
     first = generate(lexical_options(num_pairs=160), str(prepared), str(out), num_workers=2)
@@ -132,6 +135,11 @@ def test_more_pairs_keep_the_shards_that_exist(tmp_path: Path, ray_cluster: None
 
     assert groups(out) == groups(at_once)
     guard = LeakGuard(held_out)
+    assert {group["query"] for group in groups(out)}.isdisjoint({*held_out, *planted, "pink yoga mat"})
+    everything = tmp_path / "everything"
+    whole = generate(lexical_options(num_pairs=8 * (len(log) - 5), source="log"), str(prepared), str(everything))
+    # "rain jacket, blue" and "blue rain jacket" have the same words: the second is a repeat before it is a leak.
+    assert whole["left_out"] == {"leaks": {"log": 4}, "repeats": {"log": 1}, "refused": {}}
     assert not [group["query"] for group in groups(out) if guard.is_leak(group["query"])]
     assert {len(group["products"]) for group in groups(out)} == {8}
 
@@ -235,6 +243,9 @@ def test_vectors_of_an_earlier_catalog_are_taken_over_for_products_that_read_the
     assert latest_vectors(str(tmp_path / "root"), str(new), options) == str(old)
     assert latest_vectors(str(tmp_path / "root"), str(old), options) == ""
     assert latest_vectors(str(tmp_path / "root"), str(new), GenerateOptions(dense_model="mpnet")) == ""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(catalog_index, "EMBEDDED_TOKENS", 32)  # as of another version
+        assert latest_vectors(str(tmp_path / "root"), str(new), options) == ""
     generate(options, str(after), str(tmp_path / "other"), index_dir=str(new), earlier_index=str(old))
     found = np.load(new / "vectors" / "00000" / "part-000000.npy")
     np.testing.assert_array_equal(found[5:], marked[5:])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from small_catalog import (
     make_products,
@@ -25,7 +26,8 @@ from relevance_ray.generate.queries.sources import (
     file_queries,
     log_bands,
     log_queries,
-    mix,
+    mix_sources,
+    read_pairs,
 )
 from relevance_ray.generate.queries.titles import TitleProduct, cut_query
 from relevance_ray.schema import QUERY
@@ -80,7 +82,7 @@ def test_pool_has_no_repeats_and_no_near_duplicates_of_held_out_queries() -> Non
     counts = PoolCounts()
     log = ["Red Lamp", "lamp  red", "RED lamp", "blue lamps", "green hose", "unrelated thing"]
     table = pa.Table.from_pylist([{"query": query, "frequency": 1} for query in log], schema=QUERY)
-    found = list(mix([(1.0, log_queries(table, 0, 0.0, {}))], LeakGuard(["hose green"]), counts))
+    found = list(mix_sources([(1.0, log_queries(table, 0, 0.0, {}))], LeakGuard(["hose green"]), counts))
     assert {" ".join(sorted(query.query.casefold().split())) for query in found} == {
         "lamp red",
         "blue lamps",
@@ -142,6 +144,11 @@ def test_num_pairs_beyond_the_pool_is_refused_with_what_can_be_had(tmp_path: Pat
         taken(queries, 1000, PoolCounts(), tmp_path)
 
 
+def test_a_source_without_any_query_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"generate\.source gives no query .*; add a source, such as titles$"):
+        taken([], 1000, PoolCounts(), tmp_path)
+
+
 def test_num_pairs_that_whole_groups_miss_is_refused_and_within_one_percent_is_not(
     tmp_path: Path,
 ) -> None:
@@ -166,7 +173,7 @@ def test_pairs_file_keeps_every_pair_in_groups_that_span_all_ranks(tmp_path: Pat
 def test_pairs_file_wins_over_the_same_query_of_the_log() -> None:
     file = [PoolQuery("red lamp", "file", parts=(((0, 1),),))]
     log = [PoolQuery("Lamp red", "log"), PoolQuery("blue lamp", "log")]
-    found = list(mix([(9.0, log), (1.0, file)], no_guard(), PoolCounts()))
+    found = list(mix_sources([(9.0, log), (1.0, file)], no_guard(), PoolCounts()))
     assert [(query.query, query.source) for query in found] == [("blue lamp", "log"), ("red lamp", "file")]
 
 
@@ -182,6 +189,20 @@ def test_bad_row_of_a_pairs_file_is_named(tmp_path: Path, row: str, message: str
     path = write_pairs(tmp_path / "pairs.csv", ["red lamp,P1,1", row])
     with pytest.raises(UserError, match=message):
         list(file_queries(path, ["P0", "P1"], GenerateOptions(source="file", pairs_file=path)))
+
+
+def test_a_rank_column_with_missing_cells_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.parquet"
+    rows = {"query": ["hat"] * 3 + ["hat"], "product_id": ["P0", "P1", "P2", "P0"], "rank": [7.0, None, 1.0, 3.0]}
+    pq.write_table(pa.table(rows), path)
+    pairs = read_pairs(str(path), ["P0", "P1", "P2"], "generate.pairs_file")
+    assert pairs == {"hat": ("hat", [(2, 1), (1, 2), (0, 3)])}
+
+
+def test_a_rank_that_is_no_whole_number_is_named(tmp_path: Path) -> None:
+    path = write_pairs(tmp_path / "pairs.csv", ["red lamp,P1,1.5"])
+    with pytest.raises(UserError, match=r"row 1: rank '?1\.5'? is no whole number"):
+        read_pairs(path, ["P1"], "generate.pairs_file")
 
 
 def test_pairs_file_without_a_column_is_refused(tmp_path: Path) -> None:

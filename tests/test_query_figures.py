@@ -6,8 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from relevance_ray.generate.diversity import query_figures
 from relevance_ray.generate.diversity.counting import KeySample, divergence, even_sample
-from relevance_ray.generate.diversity.query_figures import distinct_ngrams, log_rows, near_duplicates
+from relevance_ray.generate.diversity.query_figures import distinct_ngrams, log_rows, log_stats, near_duplicates
 from relevance_ray.generate.diversity.query_text import TypeRules, category_names, name_key, words
 from relevance_ray.schema import QUERY
 from relevance_ray.tokens import tokenize
@@ -104,3 +105,12 @@ def test_long_log_keeps_its_head_and_an_even_sample_of_its_tail() -> None:
     assert sum(weight for _, _, weight in rows) == pytest.approx(5000)
     total = sum(frequency * weight for _, frequency, weight in rows)
     assert total == pytest.approx(5000 * 5001 / 2, rel=0.01)
+
+
+def test_a_log_longer_than_what_is_read_of_it_still_knows_all_its_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(query_figures, "MAX_LOG", 200)
+    texts = [f"query number {index}" for index in range(2000)]
+    log = pa.table({"query": texts, "locale": [None] * 2000, "frequency": [1] * 2000}, schema=QUERY)
+    stats = log_stats(log, TypeRules(set(), set()))
+    assert stats.sample.distinct == 2000
+    assert stats.weight[0] == pytest.approx(2000)

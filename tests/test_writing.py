@@ -78,7 +78,7 @@ def test_a_product_is_asked_for_each_style_once_in_an_order_of_its_own() -> None
 
 @pytest.mark.parametrize("style", STYLES)
 def test_products_of_a_style_share_all_but_the_last_message(style: str) -> None:
-    first, second = (conversation(product, style) for product in (TENT, BOTAS))
+    first, second = (conversation(product, style, 200) for product in (TENT, BOTAS))
     assert first[:-1] == second[:-1]
     assert [message["role"] for message in first] == ["system", *["user", "assistant"] * 9, "user"]
     assert first[-1]["content"] != second[-1]["content"]
@@ -178,6 +178,10 @@ def test_the_check_of_the_language_can_be_switched_off() -> None:
     assert refusal("light running shoes for women", BOTAS, "use", off) is None
 
 
+def test_the_mark_that_repeats_a_character_is_of_its_script() -> None:
+    assert same_language("色々 収納", "収納ボックス ふた付き 木製", [])
+
+
 def test_words_are_counted_where_no_spaces_are() -> None:
     counts = {
         "two person tent": 3,
@@ -229,7 +233,7 @@ def test_each_product_gets_its_query_or_a_reason_in_order() -> None:
         ("", "use", "language"),
         ("包丁 日本製", "plain", None),
     ]
-    assert (written[1].answer, written[1].num_tokens) == ("too long", 9)
+    assert written[1].answer == "too long"
     assert written[2].answer == "running shoes for women"
     assert generator.asked == [conversation(*each, 0) for each in zip(products, styles, strict=True)]
     assert generator.sampling == Sampling(48, 0.3, 5, stop=("\n",))
@@ -250,7 +254,6 @@ def test_a_real_model_writes_the_same_queries_again(tmp_path: Path) -> None:
     assert both[0] == both[1]
     assert [each.style for each in both[0]] == styles
     assert len({each.answer for each in both[0]}) > 1
-    assert all(each.num_tokens > 100 for each in both[0])
 
 
 @pytest.mark.slow

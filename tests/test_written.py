@@ -13,6 +13,7 @@ import pytest
 from chat_endpoint import ChatEndpoint
 from small_catalog import LEXICAL, make_prepared, make_products, make_search
 
+from relevance_ray.actor_pool import Workers
 from relevance_ray.engines.options import EndpointOptions
 from relevance_ray.errors import UserError
 from relevance_ray.generate.options import GenerateOptions
@@ -71,6 +72,20 @@ def test_parts_are_written_as_far_ahead_as_queries_are_wanted_and_no_further() -
     assert asked == [[0, 1, 2, 3], [4, 5, 6]]
     assert counts.refused["length"] == 7 * 96
     assert {query.anchor // 128 for query in found} == set(range(7))
+
+
+def test_more_queries_than_were_thought_of_are_not_written_a_part_at_a_time() -> None:
+    asked: list[int] = []
+
+    def read(parts: Sequence[int]) -> Iterator[pa.Table]:
+        asked.append(len(parts))
+        for number in parts:
+            yield part(128 * number, dict.fromkeys(range(128 * number, 128 * number + 64), "length"))
+
+    options = llm_options(llm=WriterOptions(round_trip_depth=0))
+    stream = written_queries(read, 100, 500, lambda queries, anchors: [True] * len(queries), options, PoolCounts())
+    assert len([query for _, query in zip(range(2000), stream, strict=False)]) == 2000
+    assert len(asked) <= 8
 
 
 def test_a_query_that_does_not_find_its_product_or_was_almost_written_before_is_refused() -> None:
@@ -145,6 +160,23 @@ def test_written_queries_become_groups_and_a_larger_run_asks_no_product_twice(
     for group in groups:
         assert group["query_source"] == "llm"
         assert group["query"].split()[-1] in ("acme", "echo")
+
+
+def test_written_queries_are_checked_by_search_actors_where_there_are_any(tmp_path: Path, ray_cluster: None) -> None:
+    pytest.importorskip("openai")
+    prepared = make_prepared(tmp_path / "prepare", make_products(4), [], [HELD_OUT])
+    found = []
+    with ChatEndpoint(write=write) as endpoint:
+        writer = WriterOptions(
+            engine="openai", openai=EndpointOptions(model="writer", base_url=endpoint.url), styles={"plain": 1}
+        )
+        for name, actors, per_shard in (("whole", 0, 1000), ("spread", 2, 300)):
+            options = llm_options(num_pairs=160, llm=writer, products_per_shard=per_shard)
+            out = str(tmp_path / name)
+            # Two search actors and a pool of four writers at once are more than the four CPUs that are there.
+            generate(options, str(prepared), out, num_workers=2, search_actors=actors, writers=Workers(4))
+            found.append(pa.concat_tables([pq.read_table(path) for path in CommitLog(out).files()]).to_pylist())
+    assert found[0] == found[1]
 
 
 def test_a_model_that_cannot_be_had_is_one_sentence(tmp_path: Path, ray_cluster: None) -> None:

@@ -102,6 +102,12 @@ def read_judged(folder: str | Path, split: str | None = None) -> pa.Table:
     return table if split is None else table.filter(pc.equal(table["split"], split))
 
 
+def read_held_out_queries(folder: str | Path) -> list[str]:
+    """The queries of dev and test."""
+    table = pq.read_table(Path(folder) / "judged_groups.parquet", columns=["query", "split"])
+    return list(table.filter(pc.is_in(table["split"], pa.array(["dev", "test"])))["query"].to_pylist())
+
+
 def read_scale(folder: str | Path) -> LabelScale:
     """The label scale of a prepared folder."""
     return LabelScale.from_dict(json.loads((Path(folder) / "scale.json").read_text(encoding="utf-8")))

@@ -1,9 +1,9 @@
 """Splits by query, and the guard that keeps held-out queries out of training.
 
-A query is held out together with its near-duplicates: equal after normalisation, the same words in another order, or a
-Jaccard similarity of at least .8 between their sets of character 3-grams. Similar pairs are found with a prefix filter
-(Chaudhuri, Ganti and Kaushik 2006; Bayardo, Ma and Srikant 2007) rather than MinHash: it is exact, so a leak is never
-missed by chance, and at the few thousand queries of judged sets it is as fast.
+A query is held out together with its near-duplicates, accents aside: equal after normalisation, the same words in another
+order, or a Jaccard similarity of at least .8 between their sets of character 3-grams. Similar pairs are found with a
+prefix filter (Chaudhuri, Ganti and Kaushik 2006; Bayardo, Ma and Srikant 2007) rather than MinHash: it is exact, so a leak
+is never missed by chance, and at the few thousand queries of judged sets it is as fast.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from relevance_ray.errors import UserError
 from relevance_ray.schema import normalize_query
+from relevance_ray.tokens import without_accents
 
 SIMILARITY = 0.8
 """Jaccard similarity of character 3-grams from which two queries are near-duplicates."""
@@ -36,13 +37,18 @@ def query_hash(query: str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def _word_key(normal: str) -> str:
-    """The words of a normalised query, sorted: equal for the same words in another order or other punctuation."""
-    return " ".join(sorted(_WORD.findall(normal))) or normal
+def words_key(query: str) -> str:
+    """Equal for queries of the same words in another order, with other punctuation, or without their accents."""
+    plain = _plain(query)
+    return " ".join(sorted(_WORD.findall(plain))) or plain
 
 
-def _grams(normal: str) -> frozenset[str]:
-    padded = f" {normal} "
+def _plain(query: str) -> str:
+    return without_accents(normalize_query(query))
+
+
+def _grams(query: str) -> frozenset[str]:
+    padded = f" {_plain(query)} "
     return frozenset(padded[i : i + 3] for i in range(max(len(padded) - 2, 1)))
 
 
@@ -63,7 +69,7 @@ class LeakGuard:
         self._by_word_key: dict[str, list[int]] = defaultdict(list)
         self._by_gram: dict[str, list[int]] = defaultdict(list)
         for index, (normal, grams) in enumerate(zip(self._normals, self._grams, strict=True)):
-            self._by_word_key[_word_key(normal)].append(index)
+            self._by_word_key[words_key(normal)].append(index)
             for gram in self._prefix(grams):
                 self._by_gram[gram].append(index)
 
@@ -83,7 +89,7 @@ class LeakGuard:
         return rarest_first[: len(grams) - math.ceil(SIMILARITY * len(grams)) + 1]
 
     def _near(self, normal: str) -> Iterator[int]:
-        yield from self._by_word_key.get(_word_key(normal), ())
+        yield from self._by_word_key.get(words_key(normal), ())
         grams = _grams(normal)
         seen: set[int] = set()
         for gram in self._prefix(grams):

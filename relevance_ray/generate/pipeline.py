@@ -8,6 +8,7 @@ there.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -23,7 +24,7 @@ from relevance_ray.generate.queries.store import QueryStore, file_contents
 from relevance_ray.generate.search_actors import spread
 from relevance_ray.generate.shards import plan_ranges, shard_range
 from relevance_ray.generate.staging import sweep_staging
-from relevance_ray.generate.work import embed_products, index_words, write_groups, write_queries
+from relevance_ray.generate.work import embed_products, index_shard, write_groups, write_query_part
 from relevance_ray.options import semantic
 from relevance_ray.progress import Progress
 from relevance_ray.storage import CommitLog, fingerprint, join
@@ -83,11 +84,13 @@ def generate(
     index.build_catalog()
     postings = [{"shard": shard} for shard in index.missing_postings()]
     workers = Workers(num_workers)
-    _run_stage(progress, "words", postings, index_words, (index,), workers)
+    _run_stage(progress, "words", postings, index_shard, (index,), workers)
     index.build_lexicon()
     progress.update(stage="queries")
-    write = partial(_write_queries, progress, index, queries, writers or Workers(1))
-    with spread(index, search_actors if options.uses_llm else 0, dense=False, progress=progress) as open_search:
+    search_actors = min(search_actors, index.catalog.num_shards)
+    beside = search_actors if options.uses_llm else 0
+    write = partial(_write_queries, progress, index, queries, writers or Workers(1), beside)
+    with spread(index, beside, dense=False, progress=progress) as open_search:
         pool = queries.build_pool(write, open_search)
     committed = log.committed()
     missing = plan_ranges(pool.groups, options.groups_per_shard, map(shard_range, committed))
@@ -114,10 +117,17 @@ def generate(
 
 
 def _write_queries(
-    progress: Progress, index: CatalogIndex, queries: QueryStore, writers: Workers, parts: Sequence[int]
+    progress: Progress,
+    index: CatalogIndex,
+    queries: QueryStore,
+    writers: Workers,
+    taken_cpus: int,
+    parts: Sequence[int],
 ) -> None:
     """Have some parts of the queries written. Raises `UserError` for what the user must mend; what is written stays."""
-    _run_stage(progress, "writing", [{"part": part} for part in parts], write_queries, (index, queries), writers)
+    _run_stage(
+        progress, "writing", [{"part": part} for part in parts], write_query_part, (index, queries), writers, taken_cpus
+    )
     progress.update(stage="queries")
 
 
@@ -128,12 +138,13 @@ def _run_stage(
     open_work: Callable[..., Callable[..., int]],
     arguments: tuple[Any, ...],
     workers: Workers,
+    taken_cpus: int = 0,
 ) -> None:
     """Make what the index lacks of one kind, counted on the live line."""
     if not items:
         return
     progress.update(stage=f"{stage} 0/{len(items)}")
-    for count, _ in enumerate(_run(items, open_work, arguments, workers), start=1):
+    for count, _ in enumerate(_run(items, open_work, arguments, workers, taken_cpus), start=1):
         progress.update(stage=f"{stage} {count}/{len(items)}")
 
 
@@ -144,12 +155,14 @@ def _run(
     workers: Workers,
     taken_cpus: int = 0,
 ) -> Iterator[int]:
-    """What was done of each item, in any order. No more actors than CPUs: a pool that waits for actors which no node can
-    hold would never start."""
+    """What was done of each item, in any order. On this machine no more actors than it has CPUs: a pool that waits for
+    actors which nothing can hold would never start. A cluster that `RAY_ADDRESS` names may grow for them."""
     import ray
 
-    cpus = int(ray.cluster_resources().get("CPU", 1)) - taken_cpus
-    size = max(1, min(workers.count, int(cpus / workers.cpus), len(items)))
+    size = min(workers.count, len(items))
+    if not os.environ.get("RAY_ADDRESS"):
+        cpus = ray.cluster_resources().get("CPU", 1) - taken_cpus
+        size = max(1, min(size, int(cpus / workers.cpus)))
     pool = replace(workers, count=size)
     for row in run_pool(items, ItemActor, (open_work, *arguments), pool, num_blocks=min(len(items), MAX_BLOCKS)):
         yield int(row["done"])

@@ -39,22 +39,22 @@ def open_spread(parts: Sequence[tuple[Sequence[int], Any]], index: CatalogIndex)
 
 @contextlib.contextmanager
 def spread(index: CatalogIndex, num_actors: int, *, dense: bool, progress: Progress) -> Iterator[OpenSearch]:
-    """How workers search: in their own process, or, with `num_actors`, in actors that share the catalog's shards; `dense`
-    where there are vectors. The live line says how many are there: a cluster may have to grow before they are."""
+    """How workers search: in their own process, or, with `num_actors` (no more than shards), in actors that share the
+    catalog's shards; `dense` where there are vectors. The live line says how many are there: a cluster may have to grow
+    before they are."""
     import ray
 
-    size = min(num_actors, index.catalog.num_shards)
-    if size == 0:
+    if num_actors == 0:
         yield partial(open_whole, dense=dense)
         return
     # An actor that dies with its node is started on another, and what was asked of it is asked again.
     remote = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=-1)(SearchActor)
-    shares = [range(first, index.catalog.num_shards, size) for first in range(size)]
+    shares = [range(first, index.catalog.num_shards, num_actors) for first in range(num_actors)]
     actors = [remote.remote(index, list(shards), dense) for shards in shares]
     try:
         stage, waited = progress.extra.get("stage"), [actor.__ray_ready__.remote() for actor in actors]
         while waited:
-            progress.update(stage=f"waiting for search actors {size - len(waited)}/{size}")
+            progress.update(stage=f"waiting for search actors {num_actors - len(waited)}/{num_actors}")
             ready, waited = ray.wait(waited)
             ray.get(ready)
         progress.update(stage=stage)

@@ -25,7 +25,7 @@ def hash_seed(seed: int, *parts: str) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
 
-def mix(keys: np.ndarray, seed: int) -> np.ndarray:
+def scrambled(keys: np.ndarray, seed: int) -> np.ndarray:
     """uint64 [n] -> uint64 [n], evenly spread, and of no relation between two seeds: the finaliser of splitmix64
     (Steele, Lea and Flood, 2014)."""
     values = keys ^ np.uint64(seed & (2**64 - 1))
@@ -36,13 +36,13 @@ def mix(keys: np.ndarray, seed: int) -> np.ndarray:
 
 def shuffled(keys: np.ndarray, seed: int) -> np.ndarray:
     """The order int64 [n] of keys uint64 [n] under a seed; one key more leaves that of the others as it was."""
-    return np.argsort(mix(keys, seed), kind="stable")
+    return np.argsort(scrambled(keys, seed), kind="stable")
 
 
 def ring_window(sorted_keys: np.ndarray, seed: int, size: int) -> np.ndarray:
     """Places int64 [min(size, n)] of the keys that follow a point on the ring of all of them (consistent hashing, Karger
     et al., 1997)."""
-    point = mix(np.zeros(1, dtype=np.uint64), seed)[0]
+    point = scrambled(np.zeros(1, dtype=np.uint64), seed)[0]
     start = int(np.searchsorted(sorted_keys, point))
     return (start + np.arange(min(size, len(sorted_keys)))) % len(sorted_keys)
 
@@ -53,4 +53,4 @@ def ring_draws(sorted_keys: np.ndarray, seed: int, count: int) -> Iterator[int]:
     for draw in range(1, count + 1):
         own = seed ^ (draw * _DRAW)
         window = ring_window(sorted_keys, own, _WINDOW)
-        yield int(window[np.argmin(mix(sorted_keys[window], own))])
+        yield int(window[np.argmin(scrambled(sorted_keys[window], own))])

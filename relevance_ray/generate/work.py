@@ -1,7 +1,7 @@
 """What one actor of generation does with an item: words and vectors of the catalog, queries, shards of groups.
 
-Each function opens what the work needs, once an actor; what it returns takes one item and returns how many products, queries
-or pairs it made. Actors map the index into memory and commit what they made; only numbers travel.
+Each function opens what the work needs, once an actor; what it returns does one item and returns how much that was: pairs,
+where an item is a shard of groups, else 1. Actors map the index into memory and commit what they made; only numbers travel.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from relevance_ray.generate.index.catalog_index import CatalogIndex
+from relevance_ray.generate.index.catalog_index import EMBEDDED_TOKENS, CatalogIndex
 from relevance_ray.generate.index.search import CatalogSearch
 from relevance_ray.generate.options import GenerateOptions
 from relevance_ray.generate.queries.store import QueryStore
@@ -19,9 +19,6 @@ from relevance_ray.generate.shards import ShardContext, generate_shard, shard_na
 from relevance_ray.storage import CommitLog
 
 OpenSearch = Callable[[CatalogIndex], CatalogSearch]
-
-EMBEDDED_TOKENS = 64
-"""What of a text the dense candidates see: product titles rarely go further, and marketing text that does is slow."""
 
 
 def open_embedder(options: GenerateOptions) -> Callable[[list[str]], np.ndarray]:
@@ -35,7 +32,7 @@ def open_embedder(options: GenerateOptions) -> Callable[[list[str]], np.ndarray]
     return encoder.embed
 
 
-def index_words(index: CatalogIndex) -> Callable[[int], int]:
+def index_shard(index: CatalogIndex) -> Callable[[int], int]:
     """Indexes the words of one shard of the catalog."""
 
     def work(shard: int) -> int:
@@ -56,7 +53,7 @@ def embed_products(index: CatalogIndex) -> Callable[[int, int], int]:
     return work
 
 
-def write_queries(index: CatalogIndex, queries: QueryStore) -> Callable[[int], int]:
+def write_query_part(index: CatalogIndex, queries: QueryStore) -> Callable[[int], int]:
     """Has a language model write one part of the queries."""
     from relevance_ray.engines.registry import open_generator
 

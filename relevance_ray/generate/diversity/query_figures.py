@@ -28,6 +28,8 @@ MAX_NEAR = 5_000
 """Queries among which near-duplicates are looked for: the search is exact, and quadratic in the worst case."""
 
 MAX_LOG = 200_000
+"""Rows of a log whose lengths and types are read."""
+_ROWS_AT_ONCE = 10_000
 VIEWS = {"each once": 0.0, "by root of frequency": 0.5, "by frequency": 1.0}
 """How a log may be weighted, name -> power of the frequency: as a list of queries, as traffic, and between the two."""
 
@@ -67,6 +69,11 @@ class QueryStats:
 
     def add(self, query: ReadQuery, weights: np.ndarray | float = 1.0) -> None:
         """Count a query with its weight in each view."""
+        self.count(query, weights)
+        self.sample.add(query.text)
+
+    def count(self, query: ReadQuery, weights: np.ndarray | float) -> None:
+        """Count lengths and types of a query, and leave `sample` to the caller."""
         self.num_words[:, min(query.num_words, MAX_WORDS)] += weights
         self.num_chars[:, min(len(query.text), MAX_CHARS)] += weights
         self._sums[:, 0] += np.multiply(weights, query.num_words)
@@ -74,7 +81,6 @@ class QueryStats:
         for name in query.types:
             self._types[name] += weights
         self.weight += weights
-        self.sample.add(query.text)
 
     def mean_lengths(self) -> np.ndarray:
         """float64 [views, 2]: mean words and mean characters."""
@@ -140,7 +146,7 @@ def near_duplicates(texts: Sequence[str]) -> dict[str, Any]:
     return {"share": near / len(kept) if kept else 0.0, "queries": len(kept), "similarity": SIMILARITY}
 
 
-def log_rows(log: pa.Table, seed: int, size: int = MAX_LOG) -> Iterator[tuple[str, float, float]]:
+def log_rows(log: pa.Table, seed: int, size: int) -> Iterator[tuple[str, float, float]]:
     """(query, frequency, weight) of a QUERY table, of at most `size` rows.
 
     A longer log gives its `size / 2` most frequent queries, each with weight 1, and an even seeded sample of the rest, each
@@ -166,6 +172,10 @@ def log_stats(log: pa.Table, rules: TypeRules, seed: int = 0) -> QueryStats:
     """The figures of a QUERY table under all `VIEWS`."""
     powers = np.array(list(VIEWS.values()))
     stats = QueryStats(len(VIEWS), seed)
-    for query, frequency, weight in log_rows(log, seed):
-        stats.add(read_query(query, rules), weight * frequency**powers)
+    for query, frequency, weight in log_rows(log, seed, MAX_LOG):
+        stats.count(read_query(query, rules), weight * frequency**powers)
+    # Of every row: what the sample does not hold is taken for a query that the log does not hold.
+    for batch in log.select(["query"]).to_batches(max_chunksize=_ROWS_AT_ONCE):
+        for query in batch.column(0).to_pylist():
+            stats.sample.add(normalize_query(query))
     return stats

@@ -13,6 +13,7 @@ machine takes a copy first.
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,20 +35,29 @@ from relevance_ray.generate.index.catalog import (
 )
 from relevance_ray.generate.index.dense import VECTORS_PER_PART, part_name, sample_rows
 from relevance_ray.generate.index.earlier_vectors import EarlierVectors
-from relevance_ray.generate.index.lexical import Lexicon, build_lexicon, index_words
+from relevance_ray.generate.index.lexical import Lexicon, build_lexicon, write_postings
 from relevance_ray.generate.index.search import ShardSearch
 from relevance_ray.generate.options import GenerateOptions
 from relevance_ray.generate.staging import appears_whole
-from relevance_ray.storage import exists, join, listdir, localize, read_json, write_bytes, write_json
+from relevance_ray.storage import content_id, exists, join, listdir, localize, read_json, write_bytes, write_json
 
 VECTORS_MADE = "vectors.json"
+_VECTORS_FORMAT = 1
+EMBEDDED_TOKENS = 64
+"""What of a text the dense candidates see: product titles rarely go further, and marketing text that does is slow."""
 _SEARCHED = ["title", "brand", "color", "category"]
 
 
 def index_options(options: GenerateOptions) -> list[Any]:
     """What decides an index beside the catalog, for its fingerprint."""
-    dense = [options.dense_model, options.dense_max_products] if options.uses_dense else []
+    dense = [*vectors_identity(options), options.dense_max_products] if options.uses_dense else []
     return [sorted(options.stopwords), dense]
+
+
+def vectors_identity(options: GenerateOptions) -> list[Any]:
+    """What decides the vector of a text: where it differs, no vector is taken over."""
+    model = options.dense_model
+    return [_VECTORS_FORMAT, EMBEDDED_TOKENS, model, content_id(model) if os.path.isdir(model) else ""]
 
 
 def latest_vectors(root: str, but: str, options: GenerateOptions) -> str:
@@ -57,7 +67,7 @@ def latest_vectors(root: str, but: str, options: GenerateOptions) -> str:
         place = join(root, name, VECTORS_MADE)
         if name.startswith("index-") and join(root, name) != but and exists(place):
             made = read_json(place)
-            if made["model"] == options.dense_model:
+            if made["identity"] == vectors_identity(options):
                 found.append((made["finished"], join(root, name)))
     return max(found)[1] if found else ""
 
@@ -125,7 +135,7 @@ class CatalogIndex:
     def build_postings(self, shard: int) -> None:
         with appears_whole(self.root, f"postings/{shard:05d}", {}) as folder:
             batches = self.product_file(shard).batches(_SEARCHED)
-            index_words((search_text(batch.to_pydict()) for batch in batches), folder, self.options.stopwords)
+            write_postings((search_text(batch.to_pydict()) for batch in batches), folder, self.options.stopwords)
 
     def build_lexicon(self) -> Lexicon:
         """The word counts of the whole catalog, added up where that is still to be done."""
@@ -177,7 +187,9 @@ class CatalogIndex:
     def finish_vectors(self) -> None:
         """Say that all vectors are there, for later indexes that take them over."""
         if not exists(join(self.root, VECTORS_MADE)):
-            write_json(join(self.root, VECTORS_MADE), {"model": self.options.dense_model, "finished": time.time()})
+            write_json(
+                join(self.root, VECTORS_MADE), {"identity": vectors_identity(self.options), "finished": time.time()}
+            )
 
     def search(self, shards: Sequence[int], *, dense: bool) -> ShardSearch:
         """Some shards, mapped into this process."""

@@ -14,10 +14,12 @@ import numpy as np
 
 from relevance_ray.generate.index.arrays import mapped
 from relevance_ray.generate.index.tops import NOTHING, Top, best
-from relevance_ray.generate.stable import mix
+from relevance_ray.generate.stable import scrambled
 
 VECTORS_PER_PART = 2048
 _BLOCK_VECTORS = 65_536
+_QUERIES_AT_ONCE = 32
+"""Each takes 1.8 MB beside a block: similarities, places, and the partition of both."""
 _SAMPLE = 0x5EED
 _SPARE = 32
 """Products beyond the depth that float32 hands to float64."""
@@ -39,6 +41,10 @@ class Vectors:
         """For normalised query vectors float32 [q, d]: the nearest products of this shard, q lists."""
         if not len(self._rows):
             return [NOTHING] * len(query_vectors)
+        chunks = range(0, len(query_vectors), _QUERIES_AT_ONCE)
+        return [top for at in chunks for top in self._top(query_vectors[at : at + _QUERIES_AT_ONCE], depth)]
+
+    def _top(self, query_vectors: np.ndarray, depth: int) -> list[Top]:
         kept_scores = np.empty((len(query_vectors), 0), dtype=np.float32)
         kept = np.empty((len(query_vectors), 0), dtype=np.int64)
         size = depth + _SPARE
@@ -87,4 +93,4 @@ def sample_rows(keys: np.ndarray, max_products: int) -> np.ndarray:
     """The catalog rows that get a vector, rising: all, or the `max_products` whose keys (uint64 [n]) hash lowest."""
     if len(keys) <= max_products:
         return np.arange(len(keys))
-    return np.sort(np.argpartition(mix(np.asarray(keys), _SAMPLE), max_products)[:max_products])
+    return np.sort(np.argpartition(scrambled(np.asarray(keys), _SAMPLE), max_products)[:max_products])

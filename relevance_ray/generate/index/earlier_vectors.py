@@ -26,10 +26,7 @@ class EarlierVectors:
             rows = mapped(folder / "rows.npy")
             start = 0
             for part in range(len(list(folder.glob("part-*.npy")))):
-                path = folder / part_name(part)
-                if not path.exists():
-                    break  # a run that was killed; its later parts do not line up with their rows
-                vectors = mapped(path)
+                vectors = mapped(folder / part_name(part))
                 keys.append(text_ids[rows[start : start + len(vectors)]])
                 places.append((len(self._parts) << 32) + np.arange(len(vectors), dtype=np.int64))
                 self._parts.append(vectors)

@@ -35,7 +35,7 @@ def word_hash(word: str) -> int:
     return int.from_bytes(hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
-def index_words(texts: Iterable[Sequence[str]], folder: Path, languages: Sequence[str]) -> None:
+def write_postings(texts: Iterable[Sequence[str]], folder: Path, languages: Sequence[str]) -> None:
     """Write the postings of one shard into a new folder.
 
     Args:
@@ -45,7 +45,8 @@ def index_words(texts: Iterable[Sequence[str]], folder: Path, languages: Sequenc
             [products].
         languages: whose stopwords are left out, of `STOPWORDS`.
     """
-    stopped = {word for name in languages for word in getattr(bm25s.stopwords, f"STOPWORDS_{STOPWORDS[name]}")}
+    listed = (word for name in languages for word in getattr(bm25s.stopwords, f"STOPWORDS_{STOPWORDS[name]}"))
+    stopped = {parts[0] for word in listed if len(parts := tokenize(word)) == 1}
     numbers: dict[str, int] = {}
     tokens, lengths = array("I"), array("I")
     for block in texts:

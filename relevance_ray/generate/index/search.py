@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 import pyarrow as pa
 
-from relevance_ray.generate.index.catalog import Catalog, ProductFile, in_order, take_rows
+from relevance_ray.generate.index.catalog import Catalog, ProductFile, in_order, products_file, take_rows
 from relevance_ray.generate.index.dense import Vectors
 from relevance_ray.generate.index.lexical import LexicalQuery, Lexicon, Postings
 from relevance_ray.generate.index.tops import Top, merge
@@ -47,7 +47,7 @@ class ShardSearch:
         self._starts = catalog.starts
         self._products, self._postings, self._vectors = {}, [], []  # type: dict[int, ProductFile], list[Postings], list[Vectors]
         for shard in shards:
-            self._products[shard] = ProductFile(locate(f"catalog/products-{shard:05d}.arrow"))
+            self._products[shard] = ProductFile(locate(f"catalog/{products_file(shard)}"))
             rows = catalog.shard_rows(shard)
             keys = catalog.keys[rows.start : rows.stop]
             self._postings.append(Postings(locate(f"postings/{shard:05d}"), rows.start, keys, lexicon.mean_length))

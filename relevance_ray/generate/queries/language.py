@@ -25,6 +25,7 @@ _HOME_SHARE = 0.3
 """Of a title's letters that another script than Latin must have to be the one its shoppers write in."""
 _UNSPACED = frozenset(("CJK", "KANA", "THAI", "LAO", "KHMER", "MYANMAR"))
 _CHARS_PER_WORD = 3
+_ONE_SCRIPT = {"HIRAGANA": "KANA", "KATAKANA": "KANA", "IDEOGRAPHIC": "CJK"}  # the last: 々, which repeats a character
 
 _WORD = re.compile(r"\w+")
 _TYPED_WORD = re.compile(r"\w+(?:['’.]\w+)*")
@@ -37,7 +38,7 @@ def script_of(char: str) -> str | None:
     if not char.isalpha():
         return None
     name = unicodedata.name(char, "").replace("-", " ").split(" ", 1)[0]
-    return "KANA" if name in ("HIRAGANA", "KATAKANA") else name
+    return _ONE_SCRIPT.get(name, name)
 
 
 def scripts_of(text: str) -> Counter[str]:

@@ -1,13 +1,14 @@
 """The pool: the queries of a run in one file, a row a group, of which every worker maps its range.
 
 The trade-off: one process walks the stream of queries from its start (some ten thousand a second) whenever another
-`num_pairs` is asked for. What it keeps in memory is a few bytes a query.
+`num_pairs` is asked for. What it keeps in memory is a few bytes a query, beside the log's Arrow table and, where files of
+the shop's own pairs are given, some 100 bytes for each of these.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -93,7 +94,7 @@ def write_pool(
                 block.clear()
         writer.write_batch(pa.RecordBatch.from_pylist(block, schema=POOL))
     if abs(total - num_pairs) > 0.01 * num_pairs:
-        raise UserError(_refusal(num_pairs, groups, total, before, group_size, counts))
+        raise UserError(_refusal(num_pairs, sources, total, before, group_size, counts))
     left_out = {"repeats": dict(counts.repeats), "leaks": dict(counts.leaks), "refused": dict(counts.refused)}
     return PoolSummary(num_pairs, groups, total, dict(sources), left_out)
 
@@ -112,21 +113,25 @@ def _rows(stream: Iterable[PoolQuery]) -> Iterator[dict]:
             }
 
 
-def _refusal(num_pairs: int, groups: int, total: int, before: int, group_size: int, counts: PoolCounts) -> str:
+def _refusal(
+    num_pairs: int, sources: Mapping[str, int], total: int, before: int, group_size: int, counts: PoolCounts
+) -> str:
+    groups = sum(sources.values())
     if max(total, before) < num_pairs:
         refused = f", {counts.refused.total():,} answers of the language model refused" if counts.refused else ""
         left_out = (
             f"{counts.repeats.total():,} repeats and {counts.leaks.total():,} near-duplicates of held-out queries"
         )
+        if not groups:
+            return f"generate.source gives no query ({left_out} left out{refused}); add a source, such as titles"
+        more = "" if set(sources) == {"file"} else ", raise generate.candidates_per_query"
         return (
             f"generate.num_pairs {num_pairs:,} cannot be met: the sources hold {groups:,} groups with {total:,} pairs "
-            f"({left_out} left out{refused}); lower generate.num_pairs to {total}, raise generate.candidates_per_query "
-            f"or add to generate.source"
+            f"({left_out} left out{refused}); lower generate.num_pairs to {total}{more} or add to generate.source"
         )
     choices = " or ".join(str(count) for count in sorted({before, total}) if count)
-    return (
-        f"generate.num_pairs {num_pairs:,} cannot be met within 1% by whole groups of {group_size}; set it to {choices}"
-    )
+    size = "" if "file" in sources else f" of {group_size}"
+    return f"generate.num_pairs {num_pairs:,} cannot be met within 1% by whole groups{size}; set it to {choices}"
 
 
 class PoolFile:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +17,7 @@ from typing import TypeVar
 import numpy as np
 import pyarrow as pa
 
-from relevance_ray.data.splits import LeakGuard
+from relevance_ray.data.splits import LeakGuard, words_key
 from relevance_ray.errors import UserError
 from relevance_ray.generate.options import BANDS, GenerateOptions
 from relevance_ray.generate.queries.keys import TextSet
@@ -30,7 +28,7 @@ from relevance_ray.schema import normalize_query
 from relevance_ray.storage import is_remote, localize
 
 _TITLES_AT_ONCE = 2000
-_WORD = re.compile(r"\w+")
+_ROWS_AT_ONCE = 10_000
 T = TypeVar("T")
 
 
@@ -56,12 +54,6 @@ class PoolCounts:
     refused: Counter[str] = field(default_factory=Counter)
 
 
-def query_key(query: str) -> str:
-    """Equal for queries of the same words in whatever order: the second of two is left out."""
-    normal = normalize_query(query)
-    return " ".join(sorted(_WORD.findall(normal))) or normal
-
-
 def log_queries(log: pa.Table, seed: int, frequency_power: float, bands: Mapping[str, float]) -> Iterator[PoolQuery]:
     """The log's queries, its bands interleaved by their weights; a band that runs out leaves its turns to the others.
 
@@ -69,19 +61,23 @@ def log_queries(log: pa.Table, seed: int, frequency_power: float, bands: Mapping
     weighted sampling without replacement by exponential keys (Efraimidis and Spirakis, 2006), so that a query's place
     depends on nothing but the seed, itself and its frequency.
     """
-    queries, locales = log["query"].to_pylist(), log["locale"].to_pylist()
+    log = log.combine_chunks()
     frequencies = np.maximum(log["frequency"].to_numpy(), 1)
-    keys = [
-        -math.log((draws(seed, "log", normalize_query(query))[0] + 0.5) / 2**32) / frequency**frequency_power
-        for query, frequency in zip(queries, frequencies.tolist(), strict=True)
-    ]
-    order = np.argsort(keys, kind="stable")
+    uniform = np.empty(log.num_rows, dtype=np.float64)
+    for start in range(0, log.num_rows, _ROWS_AT_ONCE):  # never all texts as Python's: they take 200 bytes each
+        texts = log["query"].slice(start, _ROWS_AT_ONCE).to_pylist()
+        drawn = [draws(seed, "log", normalize_query(text))[0] for text in texts]
+        uniform[start : start + len(texts)] = (np.asarray(drawn) + 0.5) / 2**32
+    order = np.argsort(-np.log(uniform) / frequencies**frequency_power, kind="stable")
     band = log_bands(frequencies)[order] if bands else np.zeros(len(order), dtype=np.int64)
     members = [order[band == number] for number in range(len(BANDS))]
     weights = [bands.get(name, 0.0) for name in BANDS] if bands else [1.0] * len(BANDS)
-    streams = [(weight, iter(rows.tolist())) for weight, rows in zip(weights, members, strict=True) if weight]
-    for row in interleave(streams):
-        yield PoolQuery(queries[row], "log", locales[row])
+    streams = [(weight, map(int, rows)) for weight, rows in zip(weights, members, strict=True) if weight]
+    rows = interleave(streams)
+    while block := list(itertools.islice(rows, _ROWS_AT_ONCE)):
+        taken = log.select(["query", "locale"]).take(pa.array(block))
+        for query, locale in zip(taken["query"].to_pylist(), taken["locale"].to_pylist(), strict=True):
+            yield PoolQuery(query, "log", locale)
 
 
 def log_bands(frequencies: np.ndarray) -> np.ndarray:
@@ -152,9 +148,11 @@ def file_queries(path: str, product_ids: Sequence[str], options: GenerateOptions
 
 
 def read_pairs(path: str, product_ids: Sequence[str], key: str) -> dict[str, tuple[str, list[tuple[int, int]]]]:
-    """Normalised query -> its first spelling and (catalog row, rank), best rank first.
+    """Normalised query -> its first spelling and (catalog row, rank), best rank first. All are held in memory, some 100
+    bytes a pair.
 
-    Columns `query`, `product_id` and, if present, `rank` (1 is best; else the order in the file).
+    Columns `query`, `product_id` and, if present, `rank` (1 is best; else the order in the file); of a pair given twice
+    the better rank counts.
 
     Raises:
         UserError: no such file, a missing column, an empty query, a product that is not in the catalog, a bad rank; the
@@ -178,7 +176,8 @@ def read_pairs(path: str, product_ids: Sequence[str], key: str) -> dict[str, tup
                 raise UserError(f"{where}: product {product_id!r} is not in the catalog; add it or drop the row")
             spelling.setdefault(normal, query)
             found = pairs.setdefault(normal, {})
-            found.setdefault(row_of[product_id], _rank(cells.get("rank"), len(found) + 1, where))
+            rank = _rank(cells.get("rank"), len(found) + 1, where)
+            found[row_of[product_id]] = min(rank, found.get(row_of[product_id], rank))
     if not pairs:
         raise UserError(f"{key} {path} has no row; give it at least one (query, product_id)")
     return {
@@ -187,10 +186,11 @@ def read_pairs(path: str, product_ids: Sequence[str], key: str) -> dict[str, tup
 
 
 def _rank(value: object, default: int, where: str) -> int:
-    if value is None or value == "":
+    if value is None or value == "" or value != value:  # a missing cell makes a column of NaN and fractions
         return default
     try:
-        rank = int(str(value))
+        number = float(str(value))
+        rank = int(number) if number.is_integer() else -1
     except ValueError:
         rank = -1
     if not 0 <= rank < 2**31:
@@ -198,7 +198,7 @@ def _rank(value: object, default: int, where: str) -> int:
     return rank
 
 
-def mix(
+def mix_sources(
     sources: Sequence[tuple[float, Iterable[PoolQuery]]], guard: LeakGuard, counts: PoolCounts
 ) -> Iterator[PoolQuery]:
     """Interleaves (weight, queries) in proportion, without repeats, held-out queries and near-duplicates of those.
@@ -217,7 +217,7 @@ def mix(
         if first.source == "file":
             pairs = list(own)
             for query in pairs:
-                seen.add(query_key(query.query))
+                seen.add(words_key(query.query))
             own = itertools.chain(pairs)
         streams.append((weight, _without_known(own, seen, guard, counts)))
     yield from interleave(streams)
@@ -227,7 +227,7 @@ def _without_known(
     queries: Iterator[PoolQuery], seen: TextSet, guard: LeakGuard, counts: PoolCounts
 ) -> Iterator[PoolQuery]:
     for query in queries:
-        key = query_key(query.query)
+        key = words_key(query.query)
         if query.source != "file" and not (key and seen.add(key)):
             counts.repeats[query.source] += 1
         elif guard.is_leak(query.query):

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from relevance_ray.data.prepare import read_judged, read_queries
+from relevance_ray.data.prepare import read_held_out_queries, read_queries
 from relevance_ray.data.splits import LeakGuard
 from relevance_ray.engines.generation import TextGenerator
-from relevance_ray.generate.index.catalog_index import CatalogIndex
+from relevance_ray.generate.index.catalog_index import CatalogIndex, vectors_identity
 from relevance_ray.generate.index.lexical import Lexicon, word_hash
 from relevance_ray.generate.index.search import CatalogSearch
 from relevance_ray.generate.options import GenerateOptions
@@ -29,7 +29,7 @@ from relevance_ray.generate.queries.sources import (
     PoolQuery,
     file_queries,
     log_queries,
-    mix,
+    mix_sources,
     read_pairs,
     title_queries,
 )
@@ -55,9 +55,10 @@ WriteParts = Callable[[Sequence[int]], None]
 
 
 def file_contents(options: GenerateOptions) -> list[list[str]]:
-    """What the files that the options name hold, and which prompts are used, for fingerprints."""
+    """What the files that the options name hold, which prompts and which vectors are used, for fingerprints."""
     prompts = [["prompts", PROMPTS]] if options.uses_llm else []
-    return [[key, content_id(path)] for key, path in options.files.items()] + prompts
+    dense = [["dense", *map(str, vectors_identity(options))]] if options.uses_dense else []
+    return [[key, content_id(path)] for key, path in options.files.items()] + prompts + dense
 
 
 class QueryStore:
@@ -122,9 +123,8 @@ class QueryStore:
                 return known
         counts = PoolCounts()
         prepared = localize(self._prepared_dir)
-        held_out = [read_judged(prepared, split)["query"].to_pylist() for split in ("dev", "test")]
-        guard = LeakGuard([query for queries in held_out for query in queries])
-        stream = mix(list(self._sources(prepared, write, open_search, counts)), guard, counts)
+        guard = LeakGuard(read_held_out_queries(prepared))
+        stream = mix_sources(list(self._sources(prepared, write, open_search, counts)), guard, counts)
         if self._options.engine_file:
             stream = self._with_engine_rows(stream)
         group_size = min(self._options.candidates_per_query, self.index.catalog.num_distinct)

@@ -59,14 +59,12 @@ class Written:
         style: that was asked for.
         reason: one of `REASONS`, else None.
         answer: as the model wrote it, or the generator's error where the reason is "error".
-        num_tokens: read and written for it.
     """
 
     query: str
     style: str
     reason: str | None
     answer: str
-    num_tokens: int
 
 
 def style_of(product_key: str, round_index: int, weights: Mapping[str, float], seed: int) -> str | None:
@@ -83,7 +81,7 @@ def style_of(product_key: str, round_index: int, weights: Mapping[str, float], s
     return sorted(keyed)[round_index][1] if round_index < len(keyed) else None
 
 
-def conversation(product: Mapping[str, Any], style: str, description_chars: int = 200) -> list[Message]:
+def conversation(product: Mapping[str, Any], style: str, description_chars: int) -> list[Message]:
     """What the model is asked: an instruction and worked examples, the same for all products of a style, so that an engine
     can keep them, then the product.
 
@@ -192,15 +190,14 @@ def write_queries(
     sampling = Sampling(options.max_tokens, options.temperature, seed, stop=("\n",))
     out = []
     for product, style, answer in zip(products, styles, generator.generate(conversations, sampling), strict=True):
-        num_tokens = answer.prompt_tokens + answer.completion_tokens
         if answer.error is not None:
-            out.append(Written("", style, "error", answer.error, num_tokens))
+            out.append(Written("", style, "error", answer.error))
             continue
         query = clean(answer.text)
         # Where the tokens ran out, a query may lack its end, even half a character.
         is_cut = answer.completion_tokens >= options.max_tokens
         reason = "cut" if is_cut else refusal(query, product, style, options)
-        out.append(Written("" if reason else query, style, reason, answer.text, num_tokens))
+        out.append(Written("" if reason else query, style, reason, answer.text))
     return out
 
 

@@ -122,7 +122,8 @@ def written_queries(
     at = given = asked = 0
     while at < num_parts:
         share = max(given / asked, _LEAST_YIELD) if asked else _FIRST_YIELD
-        ahead = max(1, math.ceil((wanted - given) / share / PRODUCTS_PER_PART))
+        # Past `wanted` (another source ran dry, repeats were left out) by a quarter of what was given, not by a part each.
+        ahead = math.ceil(max(wanted - given, given // 4, 1) / share / PRODUCTS_PER_PART)
         parts = range(at, min(at + ahead, num_parts))
         at = parts.stop
         for table in read_parts(parts):
