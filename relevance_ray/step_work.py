@@ -38,6 +38,9 @@ from relevance_ray.training.options import StudentOptions
 
 Say = Callable[[str], None]
 
+PAIRS_FOR_ACTORS = 200_000
+"""Fewer pairs are tokenised sooner by this process than actors start."""
+
 
 class StepWork:
     """Does the steps of one configuration.
@@ -216,18 +219,23 @@ class StepWork:
 
     def _train_student(self, folder: str) -> dict[str, Any]:
         log = CommitLog(self.at.folder("label"))
-        files = [log.path(name) for name in self.at.labeled_shards()]
+        names, records = self.at.labeled_shards(), log.committed()
+        files = [log.path(name) for name in names]
         work = self._work("train-student", folder)
-        return self._fit_student(self.config.student, folder, files, work, "train-student")
+        num_pairs = sum(records[name]["pairs"] for name in names)
+        return self._fit_student(self.config.student, folder, files, work, "train-student", num_pairs)
 
     def _fit_student(
-        self, options: StudentOptions, folder: str, files: list[str] | None, work: Path, name: str
+        self, options: StudentOptions, folder: str, files: list[str] | None, work: Path, name: str, num_pairs: int = 0
     ) -> dict[str, Any]:
         """Train a student on files of labeled groups, or, without any, on the human judgments alone."""
         from relevance_ray.data.prepare import read_scale
+        from relevance_ray.training.ingest import in_turn
+        from relevance_ray.training.ray_ingest import ray_ingest
         from relevance_ray.training.student import train_student
 
-        prepared = self._prepared()
+        prepared, resources = self._prepared(), self.config.resources
+        spread = ray_ingest(Workers(resources.train_workers, resources.cpus_per_train_worker))
         with self._progress(name, None, "steps") as progress, _model_in(folder, work) as model:
             return train_student(
                 options,
@@ -239,6 +247,8 @@ class StepWork:
                 self._runner(name),
                 on_progress=partial(_show_training, progress),
                 label_smoothing=self.config.data.label_smoothing,
+                run_ingest=in_turn if num_pairs < PAIRS_FOR_ACTORS else spread,
+                on_ingest=lambda done, of: progress.update(part=f"tokens {done}/{of}"),
             )
 
     def _human_only(self) -> Path:
@@ -345,7 +355,8 @@ def _check_scale(model: str, scale: LabelScale) -> None:
 
 def _show_training(progress: Progress, record: dict[str, Any]) -> None:
     """A line of the training log on the live line."""
-    if "part" in record and record["part"] != progress.extra.get("part"):
+    if record.get("part") != progress.extra.get("part"):
+        progress.update(part=record.get("part"))
         progress.restart(record["step"])
     shown: dict[str, Any] = {key: record[key] for key in ("part", "loss", "pairs_per_second") if key in record}
     if "dev" in record:

@@ -28,6 +28,7 @@ from relevance_ray.training.fit import (
     schedule,
     share_by_cost,
 )
+from relevance_ray.training.ingest import IngestSpec, ingest
 from relevance_ray.training.options import FitOptions, StudentOptions
 from relevance_ray.training.ray_train import ray_runner
 from relevance_ray.training.runners import Job, local_runner
@@ -43,12 +44,14 @@ def student_spec(tmp_path: Path, dropout: float = 0.0, **options: Any) -> Studen
     student = StudentOptions(model=str(model), max_tokens=16, dropout=dropout, max_group_products=8, **options)
     build = build_two_tower if student.kind == "two_tower" else build_cross_encoder
     build(student, SCALE, tmp_path / "start", seed=0)
-    return StudentTaskSpec(
-        start=str(tmp_path / "start"),
-        train_files=[write(tmp_path / "groups.parquet", labeled_groups(47))],
-        judged_file=write(tmp_path / "judged.parquet", judged_groups(20)),
-        options=student,
-    )
+    labeled = [
+        write(tmp_path / "groups.parquet", labeled_groups(30)),
+        write(tmp_path / "more.parquet", labeled_groups(17, seed=4)),
+    ]
+    judged = write(tmp_path / "judged.parquet", judged_groups(20))
+    how = IngestSpec(str(tmp_path / "start"), student)
+    human = ingest(how, [judged], tmp_path / "tokens") if student.human_share else []
+    return StudentTaskSpec(how.start, ingest(how, labeled, tmp_path / "tokens"), judged, student, human)
 
 
 def train(spec: TaskSpec, options: FitOptions, work_dir: Path, on_progress: OnProgress | None = None) -> FitResult:
@@ -82,7 +85,7 @@ def test_the_order_is_a_pure_function_of_seed_and_epoch(tmp_path: Path) -> None:
 
 def test_human_groups_take_their_share_and_come_last_where_that_is_asked(tmp_path: Path) -> None:
     mixed = student_spec(tmp_path, human_share=0.25).build(0, 1)
-    human = mixed.examples >= mixed.num_generated
+    human = np.arange(63) >= mixed.num_generated
     assert len(mixed.examples) == len(mixed.costs) == len(mixed.num_pairs) == 63
     assert human.sum() == 16  # of 63
     assert sorted(mixed.order(0, 0)) == list(range(63))
@@ -254,9 +257,9 @@ class TestRayTrain:
         np.testing.assert_allclose(losses_of(result), losses_of(undisturbed), rtol=1e-4)
 
     def test_what_the_user_must_mend_reaches_the_driver_as_such(self, tmp_path: Path) -> None:
-        spec = replace(student_spec(tmp_path), train_files=[write(tmp_path / "none.parquet", labeled_groups(0))])
-        with pytest.raises(UserError, match="no group with two labeled products"):
-            train_on_two(spec, OPTIONS, tmp_path / "work")
+        options = replace(OPTIONS, learning_rate=1e30, warmup_ratio=0.0)
+        with pytest.raises(UserError, match=r"lower fit\.learning_rate"):
+            train_on_two(student_spec(tmp_path), options, tmp_path / "work")
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from tiny_training import SCALE, agreement, build_tiny_encoder, judged_groups, labeled_groups, write
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from relevance_ray.actor_pool import Workers
 from relevance_ray.calibration import logit_of_classes
 from relevance_ray.engines.encoding import PairEncoder
 from relevance_ray.engines.registry import load_pair_model
@@ -18,8 +20,13 @@ from relevance_ray.model_folder import read_model_info
 from relevance_ray.schema import LABELED_GROUP
 from relevance_ray.student import collate
 from relevance_ray.student.cross_encoder import CrossReader, build_cross_encoder
+from relevance_ray.student.reading import Reader
+from relevance_ray.student.token_files import GroupFiles, groups_bytes, read_groups
+from relevance_ray.student.two_tower import TowerReader, build_two_tower
 from relevance_ray.templates import Template
+from relevance_ray.training.ingest import IngestSpec, ingest
 from relevance_ray.training.options import FitOptions, StudentOptions
+from relevance_ray.training.ray_ingest import ray_ingest
 from relevance_ray.training.student import train_student
 
 
@@ -38,27 +45,42 @@ def student_options(model: Path, **changes: object) -> StudentOptions:
     return StudentOptions(**{"model": str(model), "max_tokens": 16, "fit": fit, **changes})
 
 
+def encode(table: pa.Table, reader: Reader, max_group_products: int = 8) -> collate.TrainingGroups:
+    groups = collate.encode_groups(table, reader, SCALE, max_group_products, seed=0)
+    assert groups is not None
+    return groups
+
+
 def test_pairs_are_packed_as_the_tokenizer_would_encode_them(reader: CrossReader) -> None:
-    groups = collate.encode_groups([labeled_groups(3)], reader, SCALE, max_group_products=8, seed=0)
+    groups = encode(labeled_groups(3), reader).take(np.array([2, 0]))
     flat = collate.flatten_groups(labeled_groups(3))
-    rows, place = groups.take(np.array([2, 0]))
-    assert place.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    rows = [*range(8, 12), *range(4)]
+    assert groups.place.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
     texts = [flat.products[row]["title"] for row in rows]
     queries = [flat.queries[row] for row in rows]
     expected = reader.encoder.tokenizer(queries, texts, padding=True, return_tensors="np")
-    found = groups.pairs.pad(rows)
+    found = groups.pairs.texts.pad(groups.pairs.product)
     np.testing.assert_array_equal(found["input_ids"], expected["input_ids"])
     np.testing.assert_array_equal(found["token_type_ids"], expected["token_type_ids"])
     assert "attention_mask" not in found  # all of one length: nothing is padded
-    np.testing.assert_array_equal(groups.group_tokens, [28, 28, 28])
-    np.testing.assert_array_equal(
-        groups.target[rows], [3 * agreement(q, t) - 3 for q, t in zip(queries, texts, strict=True)]
-    )
+    np.testing.assert_array_equal(groups.num_tokens, [28, 28])
+    np.testing.assert_array_equal(groups.target, [3 * agreement(q, t) - 3 for q, t in zip(queries, texts, strict=True)])
+
+
+def test_a_two_tower_reads_both_sides_apart_and_each_text_once(encoder_folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(encoder_folder)
+    reader = TowerReader(tokenizer, Template(max_tokens=16))
+    tokens = reader.pack(["red shoe", "red shoe", " "], [{"title": "red"}, {"title": "red shoe"}, {"title": "red"}])
+    assert tokens.query is not None
+    texts = [tokenizer.decode(ids) for ids in np.split(tokens.texts.token_ids, tokens.texts.offsets[1:-1])]
+    assert texts == ["[CLS] red shoe [SEP]", "[CLS] red [SEP]"]
+    assert (tokens.query.tolist(), tokens.product.tolist()) == ([0, 0, -1], [1, 0, -1])
+    assert tokens.lengths.tolist() == [3, 4, 0]
 
 
 def test_padding_is_masked(reader: CrossReader) -> None:
     pairs = reader.pack(["red shoe", "red"], [{"title": "red"}, {"title": "blue"}])
-    found = pairs.pad(np.array([1, 0]))
+    found = pairs.texts.pad(np.array([1, 0]))
     assert found["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]]
     assert found["input_ids"][0, -1] == reader.encoder.pad_token_id
 
@@ -70,36 +92,96 @@ def test_pairs_without_a_usable_label_and_groups_left_with_one_are_left_out(read
     rows[1]["products"][0]["logit"] = None
     for product in rows[2]["products"][1:]:
         product["fields"]["title"] = None
-    table = labeled_groups(0).from_pylist(rows, schema=LABELED_GROUP)
-    groups = collate.encode_groups([table], reader, SCALE, max_group_products=8, seed=0)
-    assert groups.rows.tolist() == [0, 3, 5, 6, 7]
-    assert groups.group_sizes.tolist() == [2, 3]
+    table = pa.Table.from_pylist(rows, schema=LABELED_GROUP)
+    groups = encode(table, reader)
+    assert groups.sizes.tolist() == [2, 3]
+    labels = [product["logit"] for row in rows for product in row["products"]]
+    assert groups.target.tolist() == [labels[row] for row in (0, 3, 5, 6, 7)]
 
 
 def test_large_groups_are_cut_into_even_parts_that_lose_no_pair(reader: CrossReader) -> None:
-    groups = collate.encode_groups([labeled_groups(2, products=10)], reader, SCALE, max_group_products=4, seed=0)
-    assert groups.group_sizes.tolist() == [4, 3, 3, 4, 3, 3]
-    assert sorted(groups.rows[:10]) == list(range(10))
-    again = collate.encode_groups([labeled_groups(2, products=10)], reader, SCALE, max_group_products=4, seed=0)
-    np.testing.assert_array_equal(groups.rows, again.rows)
+    groups, whole = (encode(labeled_groups(2, products=10), reader, size) for size in (4, 16))
+    assert groups.sizes.tolist() == [4, 3, 3, 4, 3, 3]
+    assert sorted(groups.target[:10]) == sorted(whole.target[:10])
+    again = encode(labeled_groups(2, products=10), reader, 4)
+    np.testing.assert_array_equal(groups.pairs.texts.token_ids, again.pairs.texts.token_ids)
 
 
-def test_max_groups_reads_the_first_ones_across_files(reader: CrossReader) -> None:
-    tables = [labeled_groups(3), labeled_groups(3, seed=5)]
-    groups = collate.encode_groups(tables, reader, SCALE, max_group_products=8, seed=0, max_groups=4)
-    assert len(groups.group_sizes) == 4
+@pytest.mark.parametrize("kind", ["cross_encoder", "two_tower"])
+def test_groups_of_files_are_those_that_were_written_across_files(
+    encoder_folder: Path, tmp_path: Path, kind: str
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(encoder_folder)
+    template = Template(max_tokens=16)
+    reader: Reader = (
+        TowerReader(tokenizer, template) if kind == "two_tower" else CrossReader(PairEncoder(tokenizer, template))
+    )
+    tables = [labeled_groups(3), labeled_groups(4, seed=5)]
+    paths = [tmp_path / "a.arrow", tmp_path / "b.arrow"]
+    for table, path in zip(tables, paths, strict=True):
+        groups = collate.encode_groups(table, reader, SCALE, 8, 0, with_classes=True)
+        assert groups is not None
+        path.write_bytes(groups_bytes(groups))
+    together = encode(pa.concat_tables(tables), reader)
+    files = GroupFiles(paths)
+    assert files.num_classes == 2
+    assert files.sizes.tolist() == [4] * 7
+    assert files.num_tokens.tolist() == together.num_tokens.tolist()
+    order = np.array([6, 0, 3, 2])
+    found, expected = files.take(order), together.take(order)
+    assert found.target.tolist() == expected.target.tolist()
+    assert found.classes is not None
+    assert found.classes[:, 1].tolist() == found.target.tolist()
+
+    def texts(groups: collate.TrainingGroups) -> list[list[int]]:
+        packed = groups.pairs.texts
+        ids = np.split(packed.token_ids, packed.offsets[1:-1])
+        return [ids[row].tolist() for row in groups.pairs.product]
+
+    assert texts(found) == texts(expected)
+    assert GroupFiles(paths, max_groups=4).sizes.tolist() == [4] * 4
 
 
 def test_judged_groups_become_log_odds_of_their_soft_target(reader: CrossReader) -> None:
     table = judged_groups(4)
-    groups = collate.encode_groups([table], reader, SCALE, max_group_products=8, seed=0)
+    groups = encode(table, reader)
     p = collate.flatten_groups(table).floats("soft_target")
     np.testing.assert_allclose(1 / (1 + np.exp(-groups.target)), p, rtol=1e-5)
+    grades = collate.flatten_groups(table).values("grade")
+    assert groups.grade.tolist() == [SCALE.grades.index(grade) for grade in grades]
 
 
-def test_no_usable_group_is_the_users_to_mend(reader: CrossReader) -> None:
+def test_tokens_are_made_once_and_files_without_a_usable_group_are_left_out(
+    encoder_folder: Path, tmp_path: Path
+) -> None:
+    options = student_options(encoder_folder)
+    build_cross_encoder(options, SCALE, tmp_path / "start", 0)
+    how = IngestSpec(str(tmp_path / "start"), options)
+    sources = [
+        write(tmp_path / "a.parquet", labeled_groups(3)),
+        write(tmp_path / "none.parquet", labeled_groups(0)),
+        write(tmp_path / "b.parquet", labeled_groups(2)),
+    ]
+    seen: list[tuple[int, int]] = []
+    found = ingest(how, sources, tmp_path / "tokens", on_file=lambda done, of: seen.append((done, of)))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert [len(read_groups(Path(file)).sizes) for file in found] == [3, 2]
+    Path(found[0]).unlink()
+    seen.clear()
+    assert ingest(how, sources, tmp_path / "tokens", on_file=lambda done, of: seen.append((done, of))) == found
+    assert seen == [(1, 1)]
     with pytest.raises(UserError, match="no group with two labeled products"):
-        collate.encode_groups([labeled_groups(0)], reader, SCALE, max_group_products=8, seed=0)
+        ingest(how, sources[1:2], tmp_path / "tokens")
+
+
+def test_tokens_made_by_actors_are_those_made_in_turn(encoder_folder: Path, tmp_path: Path, ray_cluster: None) -> None:
+    options = student_options(encoder_folder, kind="two_tower", kl_weight=1.0)
+    build_two_tower(options, SCALE, tmp_path / "start", 0)
+    how = IngestSpec(str(tmp_path / "start"), options)
+    sources = [write(tmp_path / f"{n}.parquet", labeled_groups(5, seed=n)) for n in range(3)]
+    alone = ingest(how, sources, tmp_path / "alone")
+    spread = ingest(how, sources, tmp_path / "spread", ray_ingest(Workers(2)))
+    assert [Path(file).read_bytes() for file in alone] == [Path(file).read_bytes() for file in spread]
 
 
 def test_the_seed_decides_the_head_and_depth_is_cut(encoder_folder: Path, tmp_path: Path) -> None:

@@ -1,12 +1,9 @@
-"""Groups to tokens and targets: read once, tokenised once, kept flat.
-
-The price is that a worker holds its whole training set: a hundred million tokens are 400 MB.
-"""
+"""Groups to tokens and targets, tokenised once and kept flat."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +14,8 @@ import pyarrow.compute as pc
 from relevance_ray import storage
 from relevance_ray.errors import UserError
 from relevance_ray.schema import LabelScale
-from relevance_ray.student.reading import PairTokens, Reader
+from relevance_ray.student.packed import PairTokens, concatenate
+from relevance_ray.student.reading import Reader
 
 GROUPS_AT_ONCE = 1024
 SOFT_TARGET_FLOOR = 1e-4
@@ -25,37 +23,68 @@ SOFT_TARGET_FLOOR = 1e-4
 
 @dataclass(frozen=True)
 class TrainingGroups:
-    """Labeled groups, ready to train on.
+    """Labeled groups, ready to train on: their pairs in order, group after group.
 
     Attributes:
-        pairs: tokens of all P pairs read.
-        target: float32 [P], the logit to distill.
-        classes: float32 [P, K], class logits to distill; None where they were not asked for.
-        grade: int8 [P], the most probable of the classes, or the human's grade.
-        rows: int64 [R], the pairs of the groups, one group after another.
-        group_offsets: int64 [G + 1], where each group begins in `rows`.
+        pairs: tokens of all n pairs.
+        target: float32 [n], the logit to distill.
+        classes: float32 [n, K], class logits to distill; None where they were not asked for.
+        grade: int8 [n], the most probable of the classes, or the human's grade.
+        offsets: int64 [G + 1], where each group begins.
     """
 
     pairs: PairTokens
     target: np.ndarray
     classes: np.ndarray | None
     grade: np.ndarray
-    rows: np.ndarray
-    group_offsets: np.ndarray
+    offsets: np.ndarray
 
     @property
-    def group_sizes(self) -> np.ndarray:
-        return np.diff(self.group_offsets)
+    def sizes(self) -> np.ndarray:
+        """Pairs of each group, int64 [G]."""
+        return np.diff(self.offsets)
 
     @property
-    def group_tokens(self) -> np.ndarray:
-        """int64 [G]."""
-        return np.add.reduceat(self.pairs.lengths[self.rows], self.group_offsets[:-1])
+    def num_tokens(self) -> np.ndarray:
+        """Tokens of each group, int64 [G]."""
+        return np.add.reduceat(self.pairs.lengths, self.offsets[:-1])
 
-    def take(self, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Rows into `pairs` of some groups, and for each row the place of its group among them: two int64 [n]."""
-        rows = [self.rows[self.group_offsets[group] : self.group_offsets[group + 1]] for group in groups]
-        return np.concatenate(rows), np.repeat(np.arange(len(groups)), [len(part) for part in rows])
+    @property
+    def place(self) -> np.ndarray:
+        """The group of each pair, int64 [n]."""
+        return np.repeat(np.arange(len(self.sizes)), self.sizes)
+
+    def take(self, groups: np.ndarray) -> TrainingGroups:
+        """Some groups, in the order asked for, as a set of their own."""
+        sizes = self.offsets[groups + 1] - self.offsets[groups]
+        offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+        rows = np.arange(offsets[-1]) + np.repeat(self.offsets[groups] - offsets[:-1], sizes)
+        classes = None if self.classes is None else self.classes[rows]
+        return TrainingGroups(self.pairs.take(rows), self.target[rows], classes, self.grade[rows], offsets)
+
+
+def join_groups(parts: Sequence[TrainingGroups]) -> TrainingGroups:
+    """Groups of several sets as one, in order.
+
+    Raises:
+        UserError: class logits of differing numbers of classes.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    widths = sorted({part.classes.shape[1] for part in parts if part.classes is not None})
+    if len(widths) > 1:
+        raise UserError(
+            f"the labels have {' and '.join(map(str, widths))} classes, and student.kl_weight needs them to have as many; "
+            "set it to 0, or train a teacher with the classes of the scale (teacher.num_classes)"
+        )
+    starts = np.cumsum([0, *(len(part.target) for part in parts)])[:-1]
+    return TrainingGroups(
+        concatenate([part.pairs for part in parts]),
+        np.concatenate([part.target for part in parts]),
+        np.concatenate([part.classes for part in parts if part.classes is not None]) if widths else None,
+        np.concatenate([part.grade for part in parts]),
+        np.concatenate([[0], *(part.offsets[1:] + start for part, start in zip(parts, starts, strict=True))]),
+    )
 
 
 @dataclass(frozen=True)
@@ -102,87 +131,60 @@ def flatten_groups(groups: pa.Table) -> FlatGroups:
 
 
 def encode_groups(
-    tables: Iterable[pa.Table],
-    reader: Reader[Any],
+    table: pa.Table,
+    reader: Reader,
     scale: LabelScale,
     max_group_products: int,
     seed: int,
     *,
-    max_groups: int | None = None,
     with_classes: bool = False,
     label_smoothing: float = 0.0,
-) -> TrainingGroups:
+) -> TrainingGroups | None:
     """Tokenise groups for a student.
 
     The target is the teacher's `logit`, or, for judged groups, the log-odds of the human `soft_target`. Pairs with an error,
     without a finite logit, or that cannot be encoded are left out, and so are groups of fewer than two pairs.
 
     Args:
-        tables: LABELED_GROUP or JUDGED_GROUP tables.
+        table: LABELED_GROUP or JUDGED_GROUP.
         reader: the student's.
         scale: of the human grades.
-        max_group_products: a larger group is cut, at random by `seed`, into parts of nearly equal size.
-        max_groups: only the first so many groups are read.
+        max_group_products: a larger group is cut, at random by `seed` and its place in the table, into parts of nearly
+            equal size.
         with_classes: keep class logits, too; those of a judged pair are the log of its soft distribution.
         label_smoothing: of that distribution.
 
-    Raises:
-        UserError: no group of two usable pairs, or class logits of differing numbers of classes.
+    Returns:
+        None where no group has two usable pairs.
     """
-    packs, targets, classes, grades, groups = [], [], [], [], []
-    num_pairs = num_read = 0
-    for table in tables:
-        if max_groups is not None:
-            table = table.slice(0, max_groups - num_read)
-        for start in range(0, table.num_rows, GROUPS_AT_ONCE):
-            chunk = table.slice(start, GROUPS_AT_ONCE)
-            flat = flatten_groups(chunk)
-            target = _targets(flat)
-            pack = reader.pack(flat.queries, flat.products, np.isfinite(target))
-            usable = np.flatnonzero(pack.lengths)
-            cuts = np.searchsorted(usable, flat.offsets)
-            for number, (first, last) in enumerate(itertools.pairwise(cuts), start=num_read + start):
-                rows = usable[first:last] + num_pairs
-                if len(rows) >= 2:
-                    groups += _cut(rows, max_group_products, [seed, number])
-            packs.append(pack)
-            targets.append(target)
-            class_logits = _class_logits(chunk, flat, scale, label_smoothing)
-            grades.append(class_logits.argmax(axis=1).astype(np.int8))
-            if with_classes:
-                classes.append(class_logits)
-            num_pairs += len(target)
-        num_read += table.num_rows
-    if not groups:
-        raise UserError("there is no group with two labeled products to train on; look at the errors of the label step")
-    sizes = [len(rows) for rows in groups]
-    return TrainingGroups(
-        reader.concatenate(packs),
-        np.concatenate(targets),
-        _concatenate_classes(classes) if with_classes else None,
-        np.concatenate(grades),
-        np.concatenate(groups),
-        np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]),
-    )
+    found = []
+    for start in range(0, table.num_rows, GROUPS_AT_ONCE):
+        chunk = table.slice(start, GROUPS_AT_ONCE)
+        flat = flatten_groups(chunk)
+        target = _targets(flat)
+        tokens = reader.pack(flat.queries, flat.products, np.isfinite(target))
+        usable = np.flatnonzero(tokens.lengths)
+        groups: list[np.ndarray] = []
+        for number, (first, last) in enumerate(itertools.pairwise(np.searchsorted(usable, flat.offsets)), start=start):
+            if last - first >= 2:
+                groups += _cut(usable[first:last], max_group_products, [seed, number])
+        if not groups:
+            continue
+        rows = np.concatenate(groups)
+        class_logits = _class_logits(chunk, flat, scale, label_smoothing)[rows]
+        found.append(
+            TrainingGroups(
+                tokens.take(rows),
+                target[rows],
+                class_logits if with_classes else None,
+                class_logits.argmax(axis=1).astype(np.int8),
+                np.concatenate([[0], np.cumsum([len(group) for group in groups], dtype=np.int64)]),
+            )
+        )
+    return join_groups(found) if found else None
 
 
-def join_groups(parts: Sequence[TrainingGroups], reader: Reader[Any]) -> TrainingGroups:
-    """Groups of several sources as one set, in order."""
-    if len(parts) == 1:
-        return parts[0]
-    starts = np.cumsum([0, *(len(part.target) for part in parts)])
-    offsets = np.cumsum([0, *(len(part.rows) for part in parts)])
-    return TrainingGroups(
-        reader.concatenate([part.pairs for part in parts]),
-        np.concatenate([part.target for part in parts]),
-        None if parts[0].classes is None else _concatenate_classes([p.classes for p in parts if p.classes is not None]),
-        np.concatenate([part.grade for part in parts]),
-        np.concatenate([part.rows + start for part, start in zip(parts, starts, strict=False)]),
-        np.concatenate([[0], *(part.group_offsets[1:] + offset for part, offset in zip(parts, offsets, strict=False))]),
-    )
-
-
-def encode_judged(judged: pa.Table, reader: Reader[Any], scale: LabelScale) -> JudgedPairs:
+def encode_judged(judged: pa.Table, reader: Reader, scale: LabelScale) -> JudgedPairs:
     """Tokenise judged groups for evaluation; every pair keeps its row, encoded or not."""
     flat = flatten_groups(judged)
     gains = np.asarray([scale.gain(grade) for grade in flat.values("grade")], dtype=np.float64)
@@ -206,14 +208,12 @@ def read_judged_split(path: str, split: str) -> pa.Table:
     return table.filter(pc.equal(table["split"], split))
 
 
-def read_training_tables(paths: Sequence[str]) -> Iterable[pa.Table]:
-    """Tables of labeled groups one after another; of judged groups only the train split."""
-    columns = ["query", "products"]
-    for path in paths:
-        table = storage.read_table(path)
-        if "split" in table.column_names:
-            table = table.filter(pc.equal(table["split"], "train"))
-        yield table.select(columns)
+def read_training_table(path: str) -> pa.Table:
+    """Labeled groups of a file; of judged groups only the train split."""
+    table = storage.read_table(path)
+    if "split" in table.column_names:
+        table = table.filter(pc.equal(table["split"], "train"))
+    return table.select(["query", "products"])
 
 
 def _targets(flat: FlatGroups) -> np.ndarray:
@@ -239,16 +239,6 @@ def _class_logits(groups: pa.Table, flat: FlatGroups, scale: LabelScale, label_s
     found = column.flatten().fill_null(0.0).to_numpy(zero_copy_only=False)
     out[sizes > 0] = found.reshape(-1, num_classes)
     return out
-
-
-def _concatenate_classes(parts: Sequence[np.ndarray]) -> np.ndarray:
-    widths = sorted({part.shape[1] for part in parts})
-    if len(widths) > 1:
-        raise UserError(
-            f"the labels have {' and '.join(map(str, widths))} classes, and student.kl_weight needs them to have as many; "
-            "set it to 0, or train a teacher with the classes of the scale (teacher.num_classes)"
-        )
-    return np.concatenate(parts)
 
 
 def _cut(rows: np.ndarray, max_rows: int, seed: list[int]) -> list[np.ndarray]:

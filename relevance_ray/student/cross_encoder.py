@@ -19,9 +19,8 @@ from relevance_ray.engines.sequence import build_start_folder
 from relevance_ray.model_folder import ModelInfo
 from relevance_ray.models import resolve_model
 from relevance_ray.schema import LabelScale
-from relevance_ray.student import packed
 from relevance_ray.student.options import EncoderOptions
-from relevance_ray.student.packed import PackedTokens
+from relevance_ray.student.packed import PairTokens, pack_texts
 from relevance_ray.student.reading import device_of, in_runs, usable_rows
 
 
@@ -46,18 +45,16 @@ class CrossReader:
 
     def pack(
         self, queries: Sequence[str], products: Sequence[Mapping[str, Any]], wanted: np.ndarray | None = None
-    ) -> PackedTokens:
-        """Tokenise n pairs; those not `wanted` (bool [n]), unfit for any model, or without room are left empty."""
+    ) -> PairTokens:
+        """Tokenise n pairs; those not `wanted` (bool [n]), unfit for any model, or without room are left out."""
         keep = usable_rows(queries, products, wanted)
         encoded = self.encoder.encode([queries[row] for row in keep], [products[row] for row in keep])
-        lengths = np.zeros(len(queries), dtype=np.int64)
-        lengths[keep] = encoded.lengths
-        return packed.pack(encoded.input_ids, encoded.token_type_ids, lengths, self.encoder.pad_token_id)
+        texts = pack_texts(encoded.input_ids, encoded.token_type_ids, self.encoder.pad_token_id)
+        product = np.full(len(queries), -1, dtype=np.int64)
+        product[keep] = np.where(texts.lengths > 0, np.arange(len(keep)), -1)
+        return PairTokens(texts, product)
 
-    def concatenate(self, parts: Sequence[PackedTokens]) -> PackedTokens:
-        return packed.concatenate(parts)
-
-    def outputs(self, model: nn.Module, tokens: PackedTokens, rows: np.ndarray) -> torch.Tensor:
+    def outputs(self, model: nn.Module, tokens: PairTokens, rows: np.ndarray) -> torch.Tensor:
         """Outputs of a sequence classifier for some rows, float32 [len(rows), num_labels]: rows of like length in one
         pass, so that hardly any token is padding."""
-        return in_runs(tokens, rows, device_of(model), lambda **inputs: model(**inputs).logits)
+        return in_runs(tokens.texts, tokens.product[rows], device_of(model), lambda **inputs: model(**inputs).logits)

@@ -15,7 +15,7 @@ class PackedTokens:
     Attributes:
         token_ids: int32 [total tokens].
         token_types: int8 [total tokens], or None for a model without them.
-        offsets: int64 [n + 1]; an empty span is a row that is not used or could not be encoded.
+        offsets: int64 [n + 1]; an empty span is a text that could not be encoded.
         pad_token_id: what pads.
     """
 
@@ -26,8 +26,16 @@ class PackedTokens:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each row, int64 [n]."""
+        """Tokens of each text, int64 [n]."""
         return np.diff(self.offsets)
+
+    def take(self, rows: np.ndarray) -> PackedTokens:
+        """Some texts, in the order of `rows`, as a pack of their own."""
+        starts, lengths = self.offsets[rows], self.offsets[rows + 1] - self.offsets[rows]
+        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        at = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
+        types = None if self.token_types is None else self.token_types[at]
+        return PackedTokens(self.token_ids[at], types, offsets, self.pad_token_id)
 
     def pad(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """The model's inputs for some rows, each int64 [len(rows), longest], padded on the right. `attention_mask` is
@@ -44,21 +52,61 @@ class PackedTokens:
         return out
 
 
-def pack(
-    rows: Sequence[np.ndarray], types: Sequence[np.ndarray] | None, lengths: np.ndarray, pad_token_id: int
-) -> PackedTokens:
-    """Token ids, one array a row that has any, as one; `lengths` int64 [n] has the rows without any, too."""
+@dataclass(frozen=True)
+class PairTokens:
+    """Tokens of n pairs: of each pair one text that holds both sides, or one text a side.
+
+    Attributes:
+        texts: the texts, each distinct one once where the sides are apart.
+        product: int64 [n], the row in `texts` of a pair's text, or of its product's; -1 for a pair that is not used or
+            could not be encoded.
+        query: int64 [n], the row of its query's text; None where the texts hold both sides.
+    """
+
+    texts: PackedTokens
+    product: np.ndarray
+    query: np.ndarray | None = None
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each pair (of its product, where the sides are apart), int64 [n]; 0 for one that is not used."""
+        if not len(self.texts.offsets) > 1:
+            return np.zeros(len(self.product), dtype=np.int64)
+        return np.where(self.product >= 0, self.texts.lengths[self.product], 0)
+
+    def take(self, rows: np.ndarray) -> PairTokens:
+        """Some pairs, all usable, in the order of `rows`, with the texts they need."""
+        product, query = self.product[rows], None if self.query is None else self.query[rows]
+        wanted = product if query is None else np.concatenate([query, product])
+        distinct, place = np.unique(wanted, return_inverse=True)
+        texts = self.texts.take(distinct)
+        return PairTokens(texts, place[-len(rows) :], None if query is None else place[: len(rows)])
+
+
+def pack_texts(rows: Sequence[np.ndarray], types: Sequence[np.ndarray] | None, pad_token_id: int) -> PackedTokens:
+    """Token ids, one array a text, as one."""
     ids = np.concatenate([np.empty(0, np.int32), *rows]).astype(np.int32)
     packed_types = None if types is None else np.concatenate([np.empty(0, np.int8), *types]).astype(np.int8)
-    return PackedTokens(ids, packed_types, np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]), pad_token_id)
+    lengths = np.asarray([len(row) for row in rows], dtype=np.int64)
+    return PackedTokens(ids, packed_types, np.concatenate([[0], np.cumsum(lengths)]), pad_token_id)
 
 
-def concatenate(parts: Sequence[PackedTokens]) -> PackedTokens:
+def concatenate(parts: Sequence[PairTokens]) -> PairTokens:
     """Several packs as one, in order."""
-    types = [part.token_types for part in parts if part.token_types is not None]
-    return PackedTokens(
-        np.concatenate([part.token_ids for part in parts]),
+    if len(parts) == 1:
+        return parts[0]
+    texts = [part.texts for part in parts]
+    starts = np.cumsum([0, *(len(text.offsets) - 1 for text in texts)])[:-1]
+    types = [text.token_types for text in texts if text.token_types is not None]
+    together = PackedTokens(
+        np.concatenate([text.token_ids for text in texts]),
         np.concatenate(types) if types else None,
-        np.concatenate([[0], np.cumsum(np.concatenate([part.lengths for part in parts]))]),
-        parts[0].pad_token_id,
+        np.concatenate([[0], np.cumsum(np.concatenate([text.lengths for text in texts]))]),
+        texts[0].pad_token_id,
     )
+
+    def moved(rows: Sequence[np.ndarray]) -> np.ndarray:
+        return np.concatenate([np.where(row >= 0, row + start, -1) for row, start in zip(rows, starts, strict=True)])
+
+    queries = [part.query for part in parts if part.query is not None]
+    return PairTokens(together, moved([part.product for part in parts]), moved(queries) if queries else None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -11,35 +11,22 @@ from torch import nn
 
 from relevance_ray.engines.base import row_error
 from relevance_ray.engines.encoding import token_batches
-from relevance_ray.student.packed import PackedTokens
+from relevance_ray.student.packed import PackedTokens, PairTokens
 
 CPU_RUN_TOKENS = 1024
 GPU_RUN_TOKENS = 16384
 """Padded tokens of one forward pass. Not fewer: each costs the embedding table one dense gradient."""
 
 
-class PairTokens(Protocol):
-    """Tokens of n pairs. `lengths` int64 [n] is what each costs; 0 for a pair that is not used or cannot be read."""
-
-    @property
-    def lengths(self) -> np.ndarray: ...
-
-
-Tokens = TypeVar("Tokens", bound=PairTokens)
-
-
-class Reader(Protocol[Tokens]):
+class Reader(Protocol):
     """A kind of model's way from text to outputs."""
 
     def pack(
         self, queries: Sequence[str], products: Sequence[Mapping[str, Any]], wanted: np.ndarray | None = None
-    ) -> Tokens:
-        """Tokenise n pairs; those not `wanted` (bool [n]), or unfit for the model, are left empty."""
+    ) -> PairTokens:
+        """Tokenise n pairs; those not `wanted` (bool [n]), or unfit for the model, are left out."""
 
-    def concatenate(self, parts: Sequence[Tokens]) -> Tokens:
-        """Several packs as one, in order."""
-
-    def outputs(self, model: Any, tokens: Tokens, rows: np.ndarray) -> torch.Tensor:
+    def outputs(self, model: Any, tokens: PairTokens, rows: np.ndarray) -> torch.Tensor:
         """The model's outputs for some rows, float32 [len(rows), num_labels]."""
 
 

@@ -7,7 +7,7 @@ a word of the product. Its folder is one of kind bi_encoder: a plain encoder, an
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,8 @@ from relevance_ray.errors import UserError
 from relevance_ray.model_folder import ModelInfo, read_model_info, write_model_info
 from relevance_ray.models import resolve_model
 from relevance_ray.schema import LabelScale
-from relevance_ray.student import packed
 from relevance_ray.student.options import EncoderOptions
-from relevance_ray.student.packed import PackedTokens
+from relevance_ray.student.packed import PairTokens, pack_texts
 from relevance_ray.student.reading import device_of, in_runs, usable_rows
 from relevance_ray.templates import Template
 
@@ -98,22 +97,6 @@ class TwoTower(nn.Module):
         write_model_info(folder, replace(self._start, extra=extra))
 
 
-@dataclass(frozen=True)
-class TowerTokens:
-    """Tokens of n pairs whose texts are encoded apart, each distinct one once.
-
-    Attributes:
-        texts: tokens of the distinct queries and products.
-        query, product: int64 [n], rows of `texts`; those of an unusable pair mean nothing.
-        lengths: int64 [n], tokens of the product; 0 for an unusable pair.
-    """
-
-    texts: PackedTokens
-    query: np.ndarray
-    product: np.ndarray
-    lengths: np.ndarray
-
-
 class TowerReader:
     """Reads query and product apart.
 
@@ -127,47 +110,30 @@ class TowerReader:
 
     def pack(
         self, queries: Sequence[str], products: Sequence[Mapping[str, Any]], wanted: np.ndarray | None = None
-    ) -> TowerTokens:
-        """Tokenise n pairs; those not `wanted` (bool [n]), unfit for any model, or without text are left empty."""
-        keep = usable_rows(queries, products, wanted)
-        rendered = {row: self.template.render_product(products[row]) for row in keep}
+    ) -> PairTokens:
+        """Tokenise n pairs; those not `wanted` (bool [n]), unfit for any model, or without text are left out."""
         index: dict[str, int] = {}
-        query, product = np.zeros(len(queries), dtype=np.int64), np.zeros(len(queries), dtype=np.int64)
-        lengths = np.zeros(len(queries), dtype=np.int64)
-        for row, text in rendered.items():
-            if text:
+        query, product = np.full(len(queries), -1, dtype=np.int64), np.full(len(queries), -1, dtype=np.int64)
+        for row in usable_rows(queries, products, wanted):
+            if text := self.template.render_product(products[row]):
                 query[row] = index.setdefault(queries[row], len(index))
                 product[row] = index.setdefault(text, len(index))
-        encoded = self._tokenize(list(index))
-        text_lengths = np.asarray([len(ids) for ids in encoded], dtype=np.int64)
-        used = [row for row, text in rendered.items() if text]
-        lengths[used] = text_lengths[product[used]]
         # Encoders read a text without types as one of type 0.
-        return TowerTokens(
-            packed.pack(encoded, None, text_lengths, int(self.tokenizer.pad_token_id)), query, product, lengths
-        )
+        texts = pack_texts(self._tokenize(list(index)), None, int(self.tokenizer.pad_token_id))
+        return PairTokens(texts, product, query)
 
-    def concatenate(self, parts: Sequence[TowerTokens]) -> TowerTokens:
-        starts = np.cumsum([0, *(len(part.texts.lengths) for part in parts)])
-        return TowerTokens(
-            packed.concatenate([part.texts for part in parts]),
-            np.concatenate([part.query + start for part, start in zip(parts, starts, strict=False)]),
-            np.concatenate([part.product + start for part, start in zip(parts, starts, strict=False)]),
-            np.concatenate([part.lengths for part in parts]),
-        )
-
-    def outputs(self, model: TwoTower, tokens: TowerTokens, rows: np.ndarray) -> torch.Tensor:
+    def outputs(self, model: TwoTower, tokens: PairTokens, rows: np.ndarray) -> torch.Tensor:
         """Logits of some rows, float32 [len(rows), 1]."""
         return model.logits(*self.vectors(model, tokens, rows))[:, None]
 
-    def vectors(self, model: TwoTower, tokens: TowerTokens, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    def vectors(self, model: TwoTower, tokens: PairTokens, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Unit vectors of query and product of some rows, two float32 [len(rows), d]; each distinct text is encoded once."""
+        assert tokens.query is not None
         wanted = np.concatenate([tokens.query[rows], tokens.product[rows]])
         distinct, place = np.unique(wanted, return_inverse=True)
         device = device_of(model)
-        found = in_runs(tokens.texts, distinct, device, lambda **inputs: model.vectors(inputs))[
-            torch.from_numpy(place).to(device)
-        ]
+        found = in_runs(tokens.texts, distinct, device, lambda **inputs: model.vectors(inputs))
+        found = found[torch.from_numpy(place).to(device)]
         return found[: len(rows)], found[len(rows) :]
 
     def _tokenize(self, texts: list[str]) -> list[np.ndarray]:

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 
 from relevance_ray import losses
-from relevance_ray.student.two_tower import TowerReader, TowerTokens, TwoTower
+from relevance_ray.student.collate import TrainingGroups
+from relevance_ray.student.packed import PairTokens
+from relevance_ray.student.two_tower import TowerReader, TwoTower
 from relevance_ray.training import distributed
 
 
@@ -28,27 +30,14 @@ class Contrast:
     def __init__(self, temperature: float) -> None:
         self.temperature = temperature
 
-    def begin(
-        self,
-        reader: TowerReader,
-        model: TwoTower,
-        tokens: TowerTokens,
-        examples: np.ndarray,
-        rows: np.ndarray,
-        place: np.ndarray,
-        positive: np.ndarray,
-    ) -> None:
+    def begin(self, reader: TowerReader, model: TwoTower, groups: TrainingGroups | None, examples: np.ndarray) -> None:
         """Take the gradient of the global batch.
 
         Args:
-            examples: int64 [g], those of this worker.
-            rows: int64 [n], their pairs, example after example.
-            place: int64 [n], the place among `examples` of each pair.
-            positive: bool [n].
+            groups: those of this worker, one an example; None where it has none.
+            examples: int64 [g], their numbers.
         """
-        starts = np.searchsorted(place, np.arange(len(examples) + 1))
-        mine = _vectors(reader, model, tokens, rows, starts[:-1])
-        parts = distributed.gather((*mine, place, positive, _identities(tokens, rows)))
+        parts = distributed.gather(_side(reader, model, groups))
         all_queries, all_products, places, positives, identities = (list(column) for column in zip(*parts, strict=True))
         first_group = np.cumsum([0, *(len(part) for part in all_queries)])
         first_row = np.cumsum([0, *(len(part) for part in all_products)])
@@ -69,42 +58,49 @@ class Contrast:
         own_rows = slice(first_row[distributed.rank()], first_row[distributed.rank() + 1])
         self._values = by_query.detach()[own_groups]
         self._query_gradient, self._product_gradient = queries.grad[own_groups], products.grad[own_rows]
-        self._starts, self._place_of = starts, {int(example): index for index, example in enumerate(examples)}
+        self._offsets = np.zeros(1, dtype=np.int64) if groups is None else groups.offsets
+        self._place_of = {int(example): index for index, example in enumerate(examples)}
 
     def loss(
-        self, examples: np.ndarray, queries: torch.Tensor, products: torch.Tensor, place: np.ndarray
+        self, examples: np.ndarray, queries: torch.Tensor, products: torch.Tensor, groups: TrainingGroups
     ) -> torch.Tensor:
         """The loss of some examples of the batch that was begun: [g], with the gradient of the whole batch's.
 
         Args:
             queries, products: [n, d] unit vectors of their pairs, in the graph; a query's stands beside each product.
-            place: int64 [n], the place among `examples` of each pair.
+            groups: of the examples.
         """
         device = queries.device
         own = np.asarray([self._place_of[int(example)] for example in examples])
-        rows = np.concatenate([np.arange(self._starts[index], self._starts[index + 1]) for index in own])
-        first = torch.from_numpy(np.searchsorted(place, np.arange(len(examples)))).to(device)
+        rows = np.concatenate([np.arange(self._offsets[index], self._offsets[index + 1]) for index in own])
+        first, place = (torch.from_numpy(rows).to(device) for rows in (groups.offsets[:-1], groups.place))
         gradient = self._query_gradient[own].to(device), self._product_gradient[rows].to(device)
         by_product = (products * gradient[1]).sum(dim=1)
-        carrier = (queries[first] * gradient[0]).sum(dim=1).index_add(0, torch.from_numpy(place).to(device), by_product)
+        carrier = (queries[first] * gradient[0]).sum(dim=1).index_add(0, place, by_product)
         return self._values[own].to(device) + carrier - carrier.detach()
 
 
-def _vectors(
-    reader: TowerReader, model: TwoTower, tokens: TowerTokens, rows: np.ndarray, first: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Unit vectors of the queries [g, d] and products [n, d] of this worker; `first` [g]: where its rows begin."""
-    if not len(rows):
+def _side(reader: TowerReader, model: TwoTower, groups: TrainingGroups | None) -> tuple[np.ndarray, ...]:
+    """Of one worker: unit vectors of queries [g, d] and products [n, d], of each product its group, whether it is positive
+    (the teacher's logit is above 0), and a number that equal products share."""
+    if groups is None:
         none = np.empty((0, int(model.encoder.config.hidden_size)), dtype=np.float32)
-        return none, none
+        return none, none, np.empty(0, np.int64), np.empty(0, bool), np.empty(0, np.int64)
     with torch.no_grad():
-        queries, products = reader.vectors(model, tokens, rows)
-    return queries[torch.from_numpy(first).to(queries.device)].cpu().numpy(), products.cpu().numpy()
+        queries, products = reader.vectors(model, groups.pairs, np.arange(len(groups.target)))
+    first = torch.from_numpy(groups.offsets[:-1]).to(queries.device)
+    return (
+        queries[first].cpu().numpy(),
+        products.cpu().numpy(),
+        groups.place,
+        groups.target > 0,
+        _identities(groups.pairs),
+    )
 
 
-def _identities(tokens: TowerTokens, rows: np.ndarray) -> np.ndarray:
+def _identities(tokens: PairTokens) -> np.ndarray:
     """int64 [n]: equal for products of equal tokens, on all workers."""
     texts = tokens.texts
-    spans = (texts.token_ids[texts.offsets[text] : texts.offsets[text + 1]] for text in tokens.product[rows])
+    spans = (texts.token_ids[texts.offsets[text] : texts.offsets[text + 1]] for text in tokens.product)
     digests = b"".join(hashlib.blake2b(span.tobytes(), digest_size=8).digest() for span in spans)
     return np.frombuffer(digests, dtype=np.int64)

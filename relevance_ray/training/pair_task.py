@@ -18,10 +18,11 @@ from relevance_ray import metrics
 from relevance_ray.calibration import logit_of_classes
 from relevance_ray.engines.encoding import PairEncoder
 from relevance_ray.engines.transformers import as_class_logits, gains_of
-from relevance_ray.model_folder import read_model_info, write_model_info
+from relevance_ray.model_folder import ModelInfo, read_model_info, write_model_info
 from relevance_ray.student import collate
 from relevance_ray.student.cross_encoder import CrossReader
-from relevance_ray.student.reading import PairTokens, Reader
+from relevance_ray.student.packed import PairTokens
+from relevance_ray.student.reading import Reader
 from relevance_ray.student.two_tower import TowerReader, TwoTower
 from relevance_ray.teacher.classifier import merge_lora
 from relevance_ray.training import distributed
@@ -40,19 +41,17 @@ class PairTask:
 
     model: nn.Module
     net: Any
-    reader: Reader[Any]
+    reader: Reader
     costs: np.ndarray
     num_pairs: np.ndarray
 
     def __init__(self, start: str, judged_file: str) -> None:
         self.info = read_model_info(start)
         self.tokenizer = AutoTokenizer.from_pretrained(start)
+        self.reader = reader_of(self.info, self.tokenizer)
         if self.info.kind == "bi_encoder":
-            self.reader = TowerReader(self.tokenizer, self.info.template)
-            self.net = TwoTower(start)
-            num_labels = 1
+            self.net, num_labels = TwoTower(start), 1
         else:
-            self.reader = CrossReader(PairEncoder(self.tokenizer, self.info.template))
             self.net = AutoModelForSequenceClassification.from_pretrained(start, dtype=torch.float32)
             num_labels = self.net.config.num_labels
         self.gains = gains_of(self.info, num_labels)
@@ -103,3 +102,10 @@ class PairTask:
         write_model_info(folder, self.info)
         merge_lora(self.net).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+
+
+def reader_of(info: ModelInfo, tokenizer: Any) -> Reader:
+    """How models of a kind read pairs."""
+    if info.kind == "bi_encoder":
+        return TowerReader(tokenizer, info.template)
+    return CrossReader(PairEncoder(tokenizer, info.template))

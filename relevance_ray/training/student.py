@@ -6,7 +6,8 @@ same loop, other labels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from relevance_ray.student.cross_encoder import build_cross_encoder
 from relevance_ray.student.two_tower import build_two_tower
 from relevance_ray.training.finish import calibrate, check_dev_queries, finished_summary, publish_fit
 from relevance_ray.training.fit import OnProgress
+from relevance_ray.training.ingest import IngestSpec, RunItems, in_turn, ingest
 from relevance_ray.training.options import StudentOptions
 from relevance_ray.training.runners import Job, Runner, local_runner
 from relevance_ray.training.student_task import StudentTaskSpec
@@ -33,6 +35,8 @@ def train_student(
     on_progress: OnProgress | None = None,
     max_groups: int | None = None,
     label_smoothing: float = 0.0,
+    run_ingest: RunItems = in_turn,
+    on_ingest: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Train, calibrate on the dev queries, and put the model folder in place.
 
@@ -46,6 +50,8 @@ def train_student(
         runner: `local_runner`, or one from `ray_runner`.
         on_progress: called with lines of the log.
         max_groups: only the first so many groups, for a scaling curve.
+        run_ingest: tokenises files, `in_turn` or one from `ray_ingest`.
+        on_ingest: told how many files are tokenised, and of how many.
         label_smoothing: mass of a human grade that leaks to its neighbours, where classes are distilled.
 
     Returns:
@@ -60,15 +66,18 @@ def train_student(
     start = work_dir / "start"
     build = build_two_tower if options.kind == "two_tower" else build_cross_encoder
     build(options, scale, start, options.fit.seed)
-    spec = StudentTaskSpec(
-        start=str(start.absolute()),
-        train_files=tuple([judged_file] if train_files is None else train_files),
-        judged_file=judged_file,
-        options=options,
-        label_smoothing=label_smoothing,
-        max_groups=max_groups,
+    how = IngestSpec(str(start.absolute()), options, label_smoothing)
+    sources = [
+        [judged_file] if train_files is None else list(train_files),
+        [judged_file] if options.human_share else [],
+    ]
+    tokens, human = (
+        ingest(how, files, work_dir.absolute() / "tokens", run_ingest, on_ingest) if files else [] for files in sources
     )
+    spec = StudentTaskSpec(how.start, tokens, judged_file, options, human, max_groups)
     [result] = runner([Job(spec, options.fit, work_dir / "fit")], on_progress)
     calibration = calibrate(logit_of_classes(result.predictions(), SINGLE_LOGIT_GAINS), judged_file, scale)
     labels = "human judgments" if train_files is None else "teacher"
-    return publish_fit(result, start, out_dir, calibration, labels)
+    summary = publish_fit(result, start, out_dir, calibration, labels)
+    shutil.rmtree(work_dir / "tokens")
+    return summary

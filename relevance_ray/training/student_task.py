@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -11,8 +12,9 @@ import torch
 from torch import nn
 
 from relevance_ray import losses
-from relevance_ray.student import collate
-from relevance_ray.student.two_tower import TowerReader, TowerTokens
+from relevance_ray.student.collate import TrainingGroups, join_groups
+from relevance_ray.student.token_files import GroupFiles
+from relevance_ray.student.two_tower import TowerReader
 from relevance_ray.training.contrast import Contrast
 from relevance_ray.training.options import StudentOptions
 from relevance_ray.training.pair_task import PairTask
@@ -27,18 +29,18 @@ class StudentTaskSpec:
 
     Attributes:
         start: folder of the model to start from.
-        train_files: labeled groups; or judged groups, of which split train is used.
+        token_files: of `ingest`: groups of the teacher's labels (or, without any, of the human ones).
+        human_files: of `ingest`: groups of human judgments to mix in, by `options.human_share`.
         judged_file: judged groups, of which split dev is evaluated on.
         options: of the student.
-        label_smoothing: of human grades, where classes are distilled.
-        max_groups: only the first so many groups of `train_files`.
+        max_groups: only the first so many groups of `token_files`.
     """
 
     start: str
-    train_files: Sequence[str]
+    token_files: Sequence[str]
     judged_file: str
     options: StudentOptions
-    label_smoothing: float = 0.0
+    human_files: Sequence[str] = ()
     max_groups: int | None = None
 
     def build(self, rank: int, world_size: int) -> StudentTask:
@@ -51,34 +53,33 @@ class StudentTask(PairTask):
     def __init__(self, spec: StudentTaskSpec) -> None:
         super().__init__(spec.start, spec.judged_file)
         self.options = options = spec.options
-
-        def encode(files: Sequence[str], max_groups: int | None) -> collate.TrainingGroups:
-            return collate.encode_groups(
-                collate.read_training_tables(files),
-                self.reader,
-                self.info.scale,
-                options.max_group_products,
-                options.fit.seed,
-                max_groups=max_groups,
-                with_classes=options.kl_weight > 0,
-                label_smoothing=spec.label_smoothing,
-            )
-
-        parts = [encode(spec.train_files, spec.max_groups)]
-        if options.human_share:
-            parts.append(encode([spec.judged_file], None))
-        self.groups = collate.join_groups(parts, self.reader)
-        self.num_generated = len(parts[0].group_sizes)
-        num_human = round(self.num_generated * options.human_share / (1 - options.human_share))
-        human = np.arange(self.num_generated, len(self.groups.group_sizes))
-        self.examples = np.concatenate([np.arange(self.num_generated), np.resize(human, num_human * (len(human) > 0))])
-        self.costs = self.groups.group_tokens[self.examples]
-        self.num_pairs = self.groups.group_sizes[self.examples]
+        generated = GroupFiles([Path(file) for file in spec.token_files], spec.max_groups)
+        human = GroupFiles([Path(file) for file in spec.human_files])
+        self.sources = generated, human
+        self.num_generated = len(generated.sizes)
+        num_human = 0
+        if len(human.sizes):
+            num_human = round(self.num_generated * options.human_share / (1 - options.human_share))
+        repeated = np.resize(np.arange(len(human.sizes)), num_human)
+        self.examples = np.concatenate([np.arange(self.num_generated), repeated])
+        self.costs = np.concatenate([generated.num_tokens, human.num_tokens[repeated]])
+        self.num_pairs = np.concatenate([generated.sizes, human.sizes[repeated]])
         if options.kl_weight:
-            assert self.groups.classes is not None
-            self.thresholds = OrdinalThresholds(self.groups.classes.shape[1])
+            self.thresholds = OrdinalThresholds(generated.num_classes)
             self.model = nn.ModuleDict({"net": self.net, "thresholds": self.thresholds})
         self.contrast = Contrast(options.infonce_temperature) if options.infonce_weight else None
+
+    def take(self, examples: np.ndarray) -> TrainingGroups:
+        """The groups of some examples, in their order."""
+        is_human = examples >= self.num_generated
+        parts = [
+            source.take(self.examples[examples[mine]])
+            for source, mine in zip(self.sources, (~is_human, is_human), strict=True)
+            if mine.any()
+        ]
+        groups = join_groups(parts)
+        back = np.argsort(np.concatenate([np.flatnonzero(~is_human), np.flatnonzero(is_human)]))
+        return groups.take(back) if len(parts) > 1 else groups
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
         mixed = super().order(seed, epoch)
@@ -88,26 +89,24 @@ class StudentTask(PairTask):
 
     def begin(self, examples: np.ndarray) -> None:
         if self.contrast is not None:
-            rows, place = self.groups.take(self.examples[examples])
-            reader, tokens = cast(TowerReader, self.reader), cast(TowerTokens, self.groups.pairs)
-            positive = self.groups.target[rows] > 0
-            self.contrast.begin(reader, self.net, tokens, examples, rows, place, positive)
+            groups = self.take(examples) if len(examples) else None
+            self.contrast.begin(cast(TowerReader, self.reader), self.net, groups, examples)
 
     def loss(self, examples: np.ndarray) -> torch.Tensor:
         """The weighted sum of the losses, summed over groups; pointwise ones are averaged within a group first."""
         options, num_groups = self.options, len(examples)
-        rows, place = self.groups.take(self.examples[examples])
+        batch = self.take(examples)
+        rows = np.arange(len(batch.target))
         if self.contrast is None:
-            student = self.reader.outputs(self.net, self.groups.pairs, rows)[:, 0]
+            student = self.reader.outputs(self.net, batch.pairs, rows)[:, 0]
         else:
-            reader, tokens = cast(TowerReader, self.reader), cast(TowerTokens, self.groups.pairs)
-            queries, products = reader.vectors(self.net, tokens, rows)
+            queries, products = cast(TowerReader, self.reader).vectors(self.net, batch.pairs, rows)
             student = self.net.logits(queries, products)
         device = student.device
-        teacher, group = torch.from_numpy(self.groups.target[rows]).to(device), torch.from_numpy(place).to(device)
+        teacher, group = torch.from_numpy(batch.target).to(device), torch.from_numpy(batch.place).to(device)
         total = student.new_zeros(num_groups)
         if options.margin_weight:
-            grade = torch.from_numpy(self.groups.grade[rows].astype(np.int64)).to(device)
+            grade = torch.from_numpy(batch.grade.astype(np.int64)).to(device)
             classes = grade if options.margins == "differing" else None
             margin = losses.group_margin_mse(student, teacher, group, num_groups, classes)
             total = total + options.margin_weight * margin
@@ -117,13 +116,13 @@ class StudentTask(PairTask):
             by_pair = losses.soft_bce(student, torch.sigmoid(teacher))
             total = total + options.bce_weight * losses.group_mean(by_pair, group, num_groups)
         if options.kl_weight:
-            assert self.groups.classes is not None
-            classes = torch.from_numpy(self.groups.classes[rows]).to(device)
+            assert batch.classes is not None
+            classes = torch.from_numpy(batch.classes).to(device)
             own = losses.ordinal_log_probabilities(student, self.thresholds())
             by_pair = losses.class_kl(own, classes, options.kl_temperature)
             total = total + options.kl_weight * losses.group_mean(by_pair, group, num_groups)
         if self.contrast is not None:
-            total = total + options.infonce_weight * self.contrast.loss(examples, queries, products, place)
+            total = total + options.infonce_weight * self.contrast.loss(examples, queries, products, batch)
         return total.sum()
 
 

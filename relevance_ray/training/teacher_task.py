@@ -52,15 +52,16 @@ class TeacherTask(PairTask):
         flat = collate.flatten_groups(judged)
         fold = query_folds(flat.queries, spec.folds)
         pairs = self.reader.pack(flat.queries, flat.products)
+        lengths = pairs.lengths
         if spec.held_out is not None:
             self.asked, self.asked_rows = pairs, np.flatnonzero(fold == spec.held_out)
-        train = (pairs.lengths > 0) & (fold != spec.held_out if spec.held_out is not None else True)
+        train = (lengths > 0) & (fold != spec.held_out if spec.held_out is not None else True)
         self.pairs, self.rows = pairs, np.flatnonzero(train)
         self.single = len(self.gains) == 2 and self.net.config.num_labels == 1
         distributions = collate.grade_distributions(judged, self.info.scale, spec.label_smoothing)
         target = self.info.scale.expected_gain(distributions) if self.single else distributions
         self.target = target.astype(np.float32)
-        self.costs = pairs.lengths[self.rows]
+        self.costs = lengths[self.rows]
         self.num_pairs = np.ones(len(self.rows), dtype=np.int64)
 
     def loss(self, examples: np.ndarray) -> torch.Tensor:
