@@ -2,8 +2,9 @@
 
 Every variant generates the same number of pairs, has them labeled by the same teacher (the stack of cosine and BM25, fitted
 on the training queries), and trains the same student on them, once a seed; the seed draws queries, candidates and the
-student's fresh weights. Students rank the held-out judged queries: nDCG of each query, averaged over the seeds, and the
-difference to the first variant with an interval over queries (paired bootstrap; the seeds' spread is told beside it).
+student's fresh weights (with `--one-draw`, for sources that are dear, the weights alone). Students rank the held-out judged
+queries: nDCG of each query, averaged over the seeds, and the difference to the first variant with an interval over queries
+(paired bootstrap; the seeds' spread is told beside it).
 
     python benchmarks/what_teaches.py origins|sources --data FOLDER --format esci|homedepot|chorus [--quick] [--work FOLDER]
 
@@ -64,7 +65,7 @@ def config_of(arguments: argparse.Namespace, variant: dict[str, Any], seed: int,
         "generate": {
             "source": ["log", "titles"],
             "num_pairs": 800 if quick else arguments.pairs,
-            "seed": seed,
+            "seed": 0 if arguments.one_draw else seed,
             "candidates_per_query": arguments.log_candidates
             if variant.get("source") == "log"
             else arguments.candidates,
@@ -114,6 +115,7 @@ def main() -> None:
     parser.add_argument("--data", help="folder of the official files")
     parser.add_argument("--pairs", type=int, default=6000)
     parser.add_argument("--candidates", type=int, default=8, help="products of each query")
+    parser.add_argument("--one-draw", action="store_true", help="the seeds train other students on the same pairs")
     parser.add_argument("--log-candidates", type=int, help="of each query of variant log; as of the others")
     parser.add_argument("--queries", help="a query log: Parquet, CSV or JSON lines")
     parser.add_argument("--layers", type=int, default=3, help="of the student")
@@ -157,6 +159,7 @@ def main() -> None:
                 "study": arguments.study,
                 "format": arguments.format,
                 "quick": arguments.quick,
+                "one_draw": arguments.one_draw,
                 "hardware": f"{os.cpu_count()} CPUs {platform.machine()}",
                 "queries": judged.num_queries,
                 "figures": figures,

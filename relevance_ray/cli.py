@@ -18,7 +18,7 @@ from relevance_ray.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from relevance_ray.config import Config
-    from relevance_ray.steps import Outcome
+    from relevance_ray.steps import Chain, Outcome
 
 EXIT_USER, EXIT_FAILED_ROWS, EXIT_STOPPED = 2, 3, 130
 
@@ -148,9 +148,8 @@ def diversity(config: ConfigPath, set_: Overrides = None) -> None:
     typer.echo(f"\nreport: {path}")
 
 
-@app.command("retry-failed")
-def retry_failed(root: Root) -> None:
-    """Label again what failed at a root, and nothing else; run the configuration again to train on it."""
+def _chain_at(root: str) -> Chain:
+    """The chain that was last run at a root, in the folder that its paths are meant in."""
     import os
 
     from relevance_ray.run_state import config_of
@@ -159,7 +158,26 @@ def retry_failed(root: Root) -> None:
     config, directory = config_of(root)
     if os.path.isdir(directory):
         os.chdir(directory)
-    outcome = Chain(config).retry_failed()
+    return Chain(config)
+
+
+@app.command()
+def forecast(
+    root: Root,
+    seeds: Annotated[int, typer.Option(min=1, help="Students of each size: more of them, a steadier curve.")] = 1,
+) -> None:
+    """Train students on parts of a run's labels, and say how many pairs it takes until they pass the teacher."""
+    report, path = _chain_at(root).measure_scaling(seeds)
+    from relevance_ray.evaluation.scaling import scaling_markdown
+
+    typer.echo(scaling_markdown(report))
+    typer.echo(f"report: {path}")
+
+
+@app.command("retry-failed")
+def retry_failed(root: Root) -> None:
+    """Label again what failed at a root, and nothing else; run the configuration again to train on it."""
+    outcome = _chain_at(root).retry_failed()
     asked = outcome.summaries["label"]["labeled_now"]["pairs"]
     typer.echo(f"labeled again: {asked:,} pairs" if asked else f"nothing to label again at {root}")
     _report_failures(outcome)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from relevance_ray.actor_pool import Workers
 from relevance_ray.config import Config
@@ -36,10 +38,14 @@ from relevance_ray.storage import (
 )
 from relevance_ray.training.options import StudentOptions
 
+if TYPE_CHECKING:
+    from relevance_ray.training.fit import OnProgress
+    from relevance_ray.training.student import StudentRequest
+
 Say = Callable[[str], None]
 
-PAIRS_FOR_ACTORS = 200_000
-"""Fewer pairs are tokenised sooner by this process than actors start."""
+FILES_FOR_ACTORS = 200
+"""Fewer files of labels are tokenised sooner by this process than actors start."""
 
 
 class StepWork:
@@ -126,7 +132,11 @@ class StepWork:
         from relevance_ray.training.teacher import train_teacher
 
         prepared, work = self._prepared(), self._work("train-teacher", folder)
-        with self._progress("train-teacher", None, "steps") as progress, _model_in(folder, work) as model:
+        with (
+            self._progress("train-teacher", None, "steps") as progress,
+            _tracking(folder, work) as track,
+            _model_in(folder, work) as model,
+        ):
             return train_teacher(
                 self.config.teacher,
                 read_scale(prepared),
@@ -135,7 +145,7 @@ class StepWork:
                 model,
                 work,
                 self._runner("train-teacher"),
-                on_progress=partial(_show_training, progress),
+                on_progress=partial(_show_training, progress, track),
                 label_smoothing=self.config.data.label_smoothing,
             )
 
@@ -218,38 +228,91 @@ class StepWork:
             )
 
     def _train_student(self, folder: str) -> dict[str, Any]:
-        log = CommitLog(self.at.folder("label"))
-        names, records = self.at.labeled_shards(), log.committed()
-        files = [log.path(name) for name in names]
-        work = self._work("train-student", folder)
-        num_pairs = sum(records[name]["pairs"] for name in names)
-        return self._fit_student(self.config.student, folder, files, work, "train-student", num_pairs)
+        request = self._labels_of(self.config.student, folder, self._work("train-student", folder))
+        [summary] = self._train("train-student", {folder: request})
+        return summary
 
-    def _fit_student(
-        self, options: StudentOptions, folder: str, files: list[str] | None, work: Path, name: str, num_pairs: int = 0
-    ) -> dict[str, Any]:
-        """Train a student on files of labeled groups, or, without any, on the human judgments alone."""
+    def _labels_of(
+        self, options: StudentOptions, folder: str, work: Path, max_groups: int | None = None
+    ) -> StudentRequest:
+        """A student of the labels, or of the shards that hold its first groups."""
+        log, names = CommitLog(self.at.folder("label")), self.at.labeled_shards()
+        records = log.committed()
+        if max_groups is not None:
+            before = itertools.accumulate((records[name]["rows"] for name in names), initial=0)
+            names = [name for name, start in zip(names, before, strict=False) if start < max_groups]
+        return self._request(options, [log.path(name) for name in names], folder, work, max_groups)
+
+    def _request(
+        self,
+        options: StudentOptions,
+        files: Sequence[str] | None,
+        folder: str,
+        work: Path,
+        max_groups: int | None = None,
+        part: str = "",
+    ) -> StudentRequest:
         from relevance_ray.data.prepare import read_scale
+        from relevance_ray.training.student import StudentRequest
+
+        prepared = self._prepared()
+        return StudentRequest(
+            options,
+            read_scale(prepared),
+            files,
+            str(prepared / "judged_groups.parquet"),
+            _local_model(folder, work),
+            work,
+            max_groups,
+            self.config.data.label_smoothing,
+            part,
+        )
+
+    def _train(self, name: str, requests: Mapping[str, StudentRequest]) -> list[dict[str, Any]]:
+        """Train students by one group of workers, each into a folder of its own."""
         from relevance_ray.training.ingest import in_turn
         from relevance_ray.training.ray_ingest import ray_ingest
-        from relevance_ray.training.student import train_student
+        from relevance_ray.training.student import train_students
 
-        prepared, resources = self._prepared(), self.config.resources
+        resources = self.config.resources
+        num_files = max(len(request.train_files or ()) for request in requests.values())
         spread = ray_ingest(Workers(resources.train_workers, resources.cpus_per_train_worker))
-        with self._progress(name, None, "steps") as progress, _model_in(folder, work) as model:
-            return train_student(
-                options,
-                read_scale(prepared),
-                files,
-                str(prepared / "judged_groups.parquet"),
-                model,
-                work,
+        folder, request = next(iter(requests.items()))
+        with self._progress(name, None, "steps") as progress, _tracking(folder, request.work_dir) as track:
+            summaries = train_students(
+                list(requests.values()),
                 self._runner(name),
-                on_progress=partial(_show_training, progress),
-                label_smoothing=self.config.data.label_smoothing,
-                run_ingest=in_turn if num_pairs < PAIRS_FOR_ACTORS else spread,
+                on_progress=partial(_show_training, progress, track),
+                run_ingest=in_turn if num_files < FILES_FOR_ACTORS else spread,
                 on_ingest=lambda done, of: progress.update(part=f"tokens {done}/{of}"),
             )
+        for folder, request in requests.items():
+            _publish_model(folder, request.out_dir)
+        return summaries
+
+    def students_of(self, num_groups: Sequence[int], seeds: Sequence[int]) -> list[list[Path]]:
+        """Model folders of the run's student taught by its first labeled groups alone, for each number of groups one a
+        seed; kept under `scaling/`."""
+        requests: dict[str, StudentRequest] = {}
+        folders: list[list[str]] = []
+        for size in num_groups:
+            folders.append([])
+            for seed in seeds:
+                options = replace(self.config.student, fit=replace(self.config.student.fit, seed=seed))
+                request = self._labels_of(options, "", Path(), size)
+                inputs = [self.at.key("prepare"), semantic(options), self.at.key("label"), request.train_files, size]
+                key = fingerprint("scaling", VERSIONS["train-student"], inputs)
+                folder = join(self.at.root, "scaling", f"student-{key}")
+                folders[-1].append(folder)
+                if not exists(join(folder, "step.json")):
+                    work = self._work("scaling", folder)
+                    part = f"{size} groups, seed {seed}"
+                    requests[folder] = self._request(options, request.train_files, folder, work, size, part)
+        if requests:
+            self.say(f"scaling: training {len(requests)} students of {num_groups[0]:,} to {num_groups[-1]:,} groups")
+            for folder, summary in zip(requests, self._train("scaling", requests), strict=True):
+                write_json(join(folder, "step.json"), {"summary": summary})
+        return [[localize(join(folder, "model")) for folder in found] for found in folders]
 
     def _human_only(self) -> Path:
         """The model folder of the same student on human labels alone: the baseline of every evaluation, kept for all
@@ -260,8 +323,8 @@ class StepWork:
         folder = join(self.at.root, "evaluate-baselines", f"human_only-{key}")
         if not exists(join(folder, "step.json")):
             self.say(f"evaluate: training the same student on human labels alone ({folder})")
-            work = self._work("human_only", folder)
-            summary = self._fit_student(options, folder, None, work, "human-only student")
+            request = self._request(options, None, folder, self._work("human_only", folder))
+            [summary] = self._train("human-only student", {folder: request})
             write_json(join(folder, "step.json"), {"fingerprint": key, "summary": summary})
         return localize(join(folder, "model"))
 
@@ -336,11 +399,17 @@ class StepWork:
 @contextlib.contextmanager
 def _model_in(folder: str, work: Path) -> Iterator[Path]:
     """Where training puts the model of a step folder: there at once on disk, by upload afterwards on S3."""
-    if not is_remote(folder):
-        yield Path(folder) / "model"
-        return
-    yield work / "model"
-    publish_folder(work / "model", join(folder, "model"))
+    yield _local_model(folder, work)
+    _publish_model(folder, _local_model(folder, work))
+
+
+def _local_model(folder: str, work: Path) -> Path:
+    return work / "model" if is_remote(folder) else Path(folder) / "model"
+
+
+def _publish_model(folder: str, model: Path) -> None:
+    if is_remote(folder):
+        publish_folder(model, join(folder, "model"))
 
 
 def _check_scale(model: str, scale: LabelScale) -> None:
@@ -353,8 +422,21 @@ def _check_scale(model: str, scale: LabelScale) -> None:
         )
 
 
-def _show_training(progress: Progress, record: dict[str, Any]) -> None:
-    """A line of the training log on the live line."""
+@contextlib.contextmanager
+def _tracking(folder: str, work: Path) -> Iterator[OnProgress]:
+    """TensorBoard's events of a training, in `tensorboard/` of its folder; on S3 by upload afterwards."""
+    from relevance_ray.training.tracking import TensorBoard
+
+    events = (work if is_remote(folder) else Path(folder)) / "tensorboard"
+    with TensorBoard(events) as board:
+        yield board
+    if is_remote(folder) and events.is_dir():
+        publish_folder(events, join(folder, "tensorboard"))
+
+
+def _show_training(progress: Progress, track: OnProgress, record: dict[str, Any]) -> None:
+    """A line of the training log on the live line, and in TensorBoard."""
+    track(record)
     if record.get("part") != progress.extra.get("part"):
         progress.update(part=record.get("part"))
         progress.restart(record["step"])

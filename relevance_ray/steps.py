@@ -97,6 +97,15 @@ class Chain:
             outcome.add("label", folder, work.run("label", folder, retry=True))
         return outcome
 
+    def measure_scaling(self, seeds: int = 1, num_sizes: int = 5) -> tuple[dict[str, Any], str]:
+        """The scaling curve of the labels that are there (`scaling_step.measure_scaling`)."""
+        from relevance_ray.scaling_step import measure_scaling
+
+        if not self.at.is_done("prepare") or not self.at.is_done("generate") or not self.at.is_done("label"):
+            raise UserError(f"labeling at {self.at.root} is not finished yet; run the configuration first")
+        with self._at_work() as work:
+            return measure_scaling(work, seeds=seeds, num_sizes=num_sizes)
+
     @contextlib.contextmanager
     def _at_work(self) -> Iterator[StepWork]:
         """The lease on the root, and whatever steps open until the run ends."""

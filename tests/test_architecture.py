@@ -29,6 +29,7 @@ TOP = {
     "planning",
     "plan_text",
     "diversity_step",
+    "scaling_step",
     "run_state",
     "step_folders",
     "step_work",

@@ -88,6 +88,7 @@ def test_a_finished_chain_is_skipped_and_growth_does_only_what_is_new(tmp_path: 
     report = json.loads((Path(latest["evaluate"]) / "report.json").read_text())
     assert {"student", "teacher", "human_only", "bm25", "random"} <= set(report["splits"]["test"]["models"])
     assert (Path(latest["evaluate"]) / "report.md").is_file()
+    assert list((Path(latest["train-student"]) / "tensorboard").glob("events.*"))
 
     # What was planned against what it took.
     took = first.summaries["label"]
@@ -103,6 +104,14 @@ def test_a_finished_chain_is_skipped_and_growth_does_only_what_is_new(tmp_path: 
     assert after.pairs_labeled == 800
     assert after.hours == pytest.approx(200 / 50 / 3600)
     assert after.tokens_per_pair == pytest.approx(took["tokens"] / 800, rel=0.02)
+
+    curve, path = Chain(build_config(values(tmp_path, encoder)), said.append).measure_scaling(num_sizes=3)
+    assert [row["pairs"] for row in curve["sizes"]] == [200, 400, 800]
+    assert curve["baselines"].keys() == {"teacher", "human_only", "bm25"}
+    assert "Scaling curve" in Path(path).read_text()
+    said.clear()
+    assert Chain(build_config(values(tmp_path, encoder)), said.append).measure_scaling(num_sizes=3)[0] == curve
+    assert not said, "all students were there"
 
     said.clear()
     again = Chain(build_config(values(tmp_path, encoder)), said.append).run()

@@ -27,7 +27,7 @@ from relevance_ray.templates import Template
 from relevance_ray.training.ingest import IngestSpec, ingest
 from relevance_ray.training.options import FitOptions, StudentOptions
 from relevance_ray.training.ray_ingest import ray_ingest
-from relevance_ray.training.student import train_student
+from relevance_ray.training.student import StudentRequest, train_student
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +227,7 @@ def test_distillation_ends_in_a_calibrated_folder_that_ranks_like_its_teacher(
     out, work = tmp_path / "student", tmp_path / "work"
     options = student_options(encoder_folder, **OBJECTIVES[objective])
     seen: list[dict] = []
-    summary = train_student(options, SCALE, files, judged_file, out, work, on_progress=seen.append)
+    summary = train_student(StudentRequest(options, SCALE, files, judged_file, out, work), on_progress=seen.append)
 
     assert summary["steps"] == 150
     assert summary["pairs"] == 160 * 4 * 15
@@ -251,14 +251,14 @@ def test_distillation_ends_in_a_calibrated_folder_that_ranks_like_its_teacher(
         np.testing.assert_allclose(logits - logits.mean(), [3, 0, -3], atol=1.0)
 
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
-    assert train_student(options, SCALE, files, judged_file, out, work) == summary
+    assert train_student(StudentRequest(options, SCALE, files, judged_file, out, work)) == summary
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
 
 def test_the_baseline_learns_from_human_judgments_alone(encoder_folder: Path, tmp_path: Path) -> None:
     judged_file = write(tmp_path / "judged.parquet", judged_groups(60))
     summary = train_student(
-        student_options(encoder_folder), SCALE, None, judged_file, tmp_path / "out", tmp_path / "work"
+        StudentRequest(student_options(encoder_folder), SCALE, None, judged_file, tmp_path / "out", tmp_path / "work")
     )
     assert summary["labels"] == "human judgments"
     assert summary["dev"]["ndcg"] > 0.8  # an untrained one has .7
@@ -269,7 +269,11 @@ def test_a_judged_file_without_dev_queries_is_refused_before_training(encoder_fo
     train = table.filter([split == "train" for split in table["split"].to_pylist()])
     judged_file = write(tmp_path / "judged.parquet", train)
     with pytest.raises(UserError, match=r"judged\.parquet has no query of split dev"):
-        train_student(student_options(encoder_folder), SCALE, None, judged_file, tmp_path / "out", tmp_path / "work")
+        train_student(
+            StudentRequest(
+                student_options(encoder_folder), SCALE, None, judged_file, tmp_path / "out", tmp_path / "work"
+            )
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -280,7 +284,7 @@ def test_predictions_of_training_are_those_of_the_loaded_folder(
     judged_file = write(tmp_path / "judged.parquet", judged_groups(30))
     files = [write(tmp_path / "a.parquet", labeled_groups(40))]
     options = student_options(encoder_folder, kind=kind)
-    train_student(options, SCALE, files, judged_file, tmp_path / "out", tmp_path / "work")
+    train_student(StudentRequest(options, SCALE, files, judged_file, tmp_path / "out", tmp_path / "work"))
     flat = collate.flatten_groups(collate.read_judged_split(judged_file, "dev"))
     trained = logit_of_classes(np.load(tmp_path / "work" / "fit" / "predictions.npy"), (0.0, 1.0))
     served = load_pair_model(tmp_path / "out").logits(flat.queries, flat.products)
@@ -292,7 +296,9 @@ def test_sentence_transformers_reads_the_folder_and_gives_our_logits(encoder_fol
 
     judged_file = write(tmp_path / "judged.parquet", judged_groups(30))
     files = [write(tmp_path / "a.parquet", labeled_groups(40))]
-    train_student(student_options(encoder_folder), SCALE, files, judged_file, tmp_path / "out", tmp_path / "work")
+    train_student(
+        StudentRequest(student_options(encoder_folder), SCALE, files, judged_file, tmp_path / "out", tmp_path / "work")
+    )
     pairs = [("red shoe", "red shoe"), ("red shoe", "blue lamp"), ("green case", "green shirt")]
     ours = load_pair_model(tmp_path / "out").logits([q for q, _ in pairs], [{"title": t} for _, t in pairs])
     theirs = CrossEncoder(str(tmp_path / "out"), device="cpu").predict(pairs)

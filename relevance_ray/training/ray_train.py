@@ -121,7 +121,7 @@ def _interruptible() -> Iterator[None]:
 
 @contextmanager
 def _follow(jobs: Sequence[Job], on_progress: OnProgress | None) -> Iterator[None]:
-    """Call `on_progress` with the newest line of a job's log whenever there is a new one."""
+    """Call `on_progress` with each new line of the jobs' logs."""
     if on_progress is None:
         yield
         return
@@ -136,10 +136,15 @@ def _follow(jobs: Sequence[Job], on_progress: OnProgress | None) -> Iterator[Non
             for index, (log, show) in enumerate(logs):
                 if show is None or (size := _size(log)) == seen[index]:
                     continue
-                seen[index] = size
-                lines = log.read_bytes().split(b"\n")[:-1]
-                if lines:
-                    show(json.loads(lines[-1]))
+                # Shorter than it was: a resumed run has dropped the lines of steps that it takes again.
+                start = min(seen[index], size)
+                with open(log, "rb") as file:
+                    file.seek(start)
+                    *lines, rest = file.read().split(b"\n")
+                    seen[index] = file.tell() - len(rest)
+                for line in lines:
+                    if line.startswith(b"{"):
+                        show(json.loads(line))
 
     thread = threading.Thread(target=poll, name="training-log", daemon=True)
     thread.start()

@@ -1,0 +1,109 @@
+"""The scaling curve of a run: students of parts of its labels, measured on held-out human judgments.
+
+Each size doubles the one before, up to all labels; the students are kept under `scaling/` at the root, so a killed run goes
+on, and a larger one adds to what is there. It changes nothing of a run: no step reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from relevance_ray.data.prepare import read_judged, read_scale
+from relevance_ray.engines.registry import load_pair_model
+from relevance_ray.errors import UserError
+from relevance_ray.evaluation.compare import predict
+from relevance_ray.evaluation.judged import JudgedPairs, flatten
+from relevance_ray.evaluation.scaling import scaling_markdown, scaling_plot, scaling_report
+from relevance_ray.metrics import ndcg
+from relevance_ray.step_work import StepWork
+from relevance_ray.storage import CommitLog, fingerprint, join, localize, read_json, write_bytes, write_json
+
+FOLDER = "scaling"
+_LEAST_GROUPS = 8
+
+
+def measure_scaling(
+    work: StepWork, *, seeds: int = 1, num_sizes: int = 5, teacher: str = "teacher"
+) -> tuple[dict[str, Any], str]:
+    """Train what is missing of the curve, measure it, and write `scaling.json`, `.md` and `.png` under the root.
+
+    Args:
+        work: of a configuration whose labels are there.
+        seeds: students of each size, from the seed of the configuration on.
+        num_sizes: sizes, each half of the next.
+        teacher: which model of `StepWork.models` is to be passed.
+
+    Returns:
+        The report (`scaling_report`), and the path of its Markdown.
+
+    Raises:
+        UserError: no teacher to measure against, or too few labels.
+    """
+    at = work.at
+    prepared = localize(at.folder("prepare"))
+    scale = read_scale(prepared)
+    split = "test" if read_judged(prepared, "test").num_rows else "dev"
+    judged = flatten(read_judged(prepared, split), scale)
+    models = work.models()
+    if teacher not in models:
+        raise UserError(
+            "these labels come from no model, so there is no teacher to pass; label with one (label.engine)"
+        )
+    records, names = CommitLog(at.folder("label")).committed(), at.labeled_shards()
+    groups = np.concatenate([[0], np.cumsum([records[name]["rows"] for name in names])])
+    pairs = np.concatenate([[0], np.cumsum([records[name]["pairs"] for name in names])])
+    sizes = [int(groups[-1]) >> halvings for halvings in reversed(range(num_sizes))]
+    sizes = sorted({size for size in sizes if size >= _LEAST_GROUPS})
+    if len(sizes) < 3:
+        raise UserError(f"{groups[-1]} labeled groups are too few for a curve of three sizes; raise generate.num_pairs")
+    first = work.config.student.fit.seed
+    folders = work.students_of(sizes, range(first, first + seeds))
+    key = at.key("prepare")
+    by_size = {
+        round(float(np.interp(size, groups, pairs))): np.stack(
+            [_per_query(at.root, key, each, judged) for each in found]
+        )
+        for size, found in zip(sizes, folders, strict=True)
+    }
+    lines = {name: _per_query(at.root, key, folder, judged) for name, folder in models.items() if name != "student"}
+    report = scaling_report(by_size, lines, teacher) | {
+        "split": split,
+        "seeds": seeds,
+        "judged_pairs": judged.num_pairs,
+    }
+    return report, _write(join(at.root, FOLDER), report)
+
+
+def _per_query(root: str, prepared: str, folder: Path, judged: JudgedPairs) -> np.ndarray:
+    """nDCG of each query, float64 [q], as the model of a folder ranks them; remembered under the root."""
+    info = (folder / "relevance.json").read_text(encoding="utf-8")
+    key = fingerprint(prepared, str(folder), info, judged.num_pairs)
+    place = join(root, FOLDER, "ndcg", f"{key}.json")
+    try:
+        known = read_json(place)
+    except FileNotFoundError:
+        logits = predict(load_pair_model(folder), judged).logits
+        known = [None if np.isnan(value) else float(value) for value in ndcg(judged.gains, logits, judged.offsets)]
+        write_json(place, known)
+    return np.asarray([np.nan if value is None else value for value in known], dtype=np.float64)
+
+
+def _write(folder: str, report: Mapping[str, Any]) -> str:
+    write_json(join(folder, "scaling.json"), report)
+    write_bytes(join(folder, "scaling.png"), scaling_plot(report))
+    text = f"# Scaling curve\n\n{_about(report)}\n\n{scaling_markdown(report)}\n![curve](scaling.png)\n"
+    path = join(folder, "scaling.md")
+    write_bytes(path, text.encode("utf-8"))
+    return path
+
+
+def _about(report: Mapping[str, Any]) -> str:
+    seeds: Sequence[Any] = range(report["seeds"])
+    return (
+        f"Mean nDCG over {report['queries']:,} held-out queries (split {report['split']}), of students taught by parts of "
+        f"the labels, {len(seeds)} of each size. Intervals: 95%, queries resampled, paired."
+    )
