@@ -102,6 +102,7 @@ _step_command("train-teacher", "Train the teacher on the human judgments.")
 _step_command("generate", "Generate pairs to label.")
 _step_command("label", "Label the pairs with the teacher.")
 _step_command("compact", "Put the labels into few large files.")
+_step_command("embed", "Give the catalog's vectors by a two-tower student, for an index of vectors.")
 _step_command("train-student", "Distill the student.")
 _step_command("evaluate", "Compare all models on held-out human judgments.")
 

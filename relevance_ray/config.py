@@ -85,7 +85,7 @@ class ResourceOptions:
 
     def needed(self, step: str, writes: bool = False) -> list[Demand]:
         """What a step wants at once, one stage after the other; `writes`: generation has a language model write."""
-        if step == "label":
+        if step in ("label", "embed"):
             key = "resources.label_actors"
             return [Demand(self.label_actors, self.cpus_per_label_actor, self.gpus_per_label_actor, key)]
         if step == "generate":

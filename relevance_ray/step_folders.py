@@ -24,7 +24,7 @@ VERSIONS = {"prepare": 3, "train-teacher": 3, "generate": 5, "label": 1, "train-
 
 STEPS = tuple(VERSIONS)
 
-ON_DEMAND = {"compact": 1}
+ON_DEMAND = {"compact": 1, "embed": 1}
 """Steps, with their versions, that are done only where they are asked for by name."""
 
 ALL_STEPS = VERSIONS | ON_DEMAND
@@ -39,6 +39,7 @@ NEEDS = {
     "train-student": ("label",),
     "evaluate": ("train-student",),
     "compact": ("label",),
+    "embed": ("train-student",),
 }
 """What must be there before a step; without a teacher to train, `train-teacher` falls out."""
 
@@ -91,6 +92,8 @@ class StepFolders:
             return [self.key("prepare"), semantic(config.student), labels]
         if step == "compact":  # one generate's labels at one layout, however many; the label folder holds those of many
             return [self.key("label"), self.key("generate"), config.label.compact_mb]
+        if step == "embed":
+            return [self.key("prepare"), self.key("train-student")]
         given = content_id(config.label.model) if config.label.model else ""
         teacher = self.key("train-teacher") if self.trains_teacher else given
         return [self.key("prepare"), self.key("train-student"), teacher, semantic(config.evaluate)]

@@ -73,6 +73,7 @@ class StepWork:
             "train-student": self._train_student,
             "evaluate": self._evaluate,
             "compact": self._compact,
+            "embed": self._embed,
         }
         summary = runners[step](folder)
         marker = {
@@ -225,6 +226,21 @@ class StepWork:
                 target_bytes=int(self.config.label.compact_mb * 2**20),
                 run=run,
                 progress=progress,
+            )
+
+    def _embed(self, folder: str) -> dict[str, Any]:
+        from relevance_ray.student.export_pipeline import export_vectors
+
+        resources = self.config.resources
+        self._ray("embed")
+        with self._progress("embed", None, "products") as progress:
+            return export_vectors(
+                join(self.at.folder("train-student"), "model"),
+                self.at.folder("prepare"),
+                folder,
+                self.at.key("embed"),
+                Workers(resources.label_actors, resources.cpus_per_label_actor, resources.gpus_per_label_actor),
+                progress,
             )
 
     def _train_student(self, folder: str) -> dict[str, Any]:

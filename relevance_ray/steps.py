@@ -134,6 +134,8 @@ class Chain:
                 f"data.judgments is none, and {needs} learns from judgments or measures by them; ask for a step before it, "
                 "or name a file of judgments (label.model labels with a teacher that is there)"
             )
+        if "embed" in steps and config.student.kind != "two_tower":
+            raise UserError(f"student.kind {config.student.kind} has no vectors; set student.kind=two_tower")
         files = {
             **{f"generate.{key}": path for key, path in config.generate.files.items()},
             "label.path": config.label.path,
