@@ -46,8 +46,9 @@ from relevance_ray.options import semantic
 from relevance_ray.quiet import quiet_libraries
 from relevance_ray.schema import LabelScale
 from relevance_ray.step_folders import VERSIONS, StepFolders
-from relevance_ray.step_work import StepWork
+from relevance_ray.step_tools import StepTools
 from relevance_ray.steps import Chain
+from relevance_ray.training_work import TrainingWork
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINED = ("student", "teacher", "human_only")
@@ -138,7 +139,7 @@ def fold_predictions(config: Config) -> pa.Table:
     table = storage.read_table(f"{folders_of_steps['evaluate']}/predictions.parquet")
     table = table.filter(pc.equal(table["split"], "test"))
     with contextlib.ExitStack() as stack:
-        models = StepWork(config, chain.at, print, stack).models()
+        models = TrainingWork(StepTools(config, chain.at, print, stack)).models()
     for name in TRAINED:
         calibration = read_model_info(models[name]).calibration
         assert calibration is not None

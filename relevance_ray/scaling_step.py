@@ -19,15 +19,15 @@ from relevance_ray.evaluation.compare import predict
 from relevance_ray.evaluation.judged import JudgedPairs, flatten
 from relevance_ray.evaluation.scaling import scaling_markdown, scaling_plot, scaling_report
 from relevance_ray.metrics import ndcg
-from relevance_ray.step_work import StepWork
 from relevance_ray.storage import CommitLog, fingerprint, join, localize, read_json, write_bytes, write_json
+from relevance_ray.training_work import TrainingWork
 
 FOLDER = "scaling"
 _LEAST_GROUPS = 8
 
 
 def measure_scaling(
-    work: StepWork, *, seeds: int = 1, num_sizes: int = 5, teacher: str = "teacher"
+    work: TrainingWork, *, seeds: int = 1, num_sizes: int = 5, teacher: str = "teacher"
 ) -> tuple[dict[str, Any], str]:
     """Train what is missing of the curve, measure it, and write `scaling.json`, `.md` and `.png` under the root.
 
@@ -35,7 +35,7 @@ def measure_scaling(
         work: of a configuration whose labels are there.
         seeds: students of each size, from the seed of the configuration on.
         num_sizes: sizes, each half of the next.
-        teacher: which model of `StepWork.models` is to be passed.
+        teacher: which model of `TrainingWork.models` is to be passed.
 
     Returns:
         The report (`scaling_report`), and the path of its Markdown.

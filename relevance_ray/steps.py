@@ -20,7 +20,8 @@ from relevance_ray.models import check_layers, resolve_model
 from relevance_ray.ray_session import check_resources
 from relevance_ray.run_state import begin_run, begin_step
 from relevance_ray.step_folders import NEEDS_JUDGMENTS, StepFolders
-from relevance_ray.step_work import Say, StepWork
+from relevance_ray.step_tools import Say, StepTools
+from relevance_ray.step_work import StepWork
 from relevance_ray.storage import (
     check_reachable,
     exists,
@@ -104,13 +105,13 @@ class Chain:
         if not self.at.is_done("prepare") or not self.at.is_done("generate") or not self.at.is_done("label"):
             raise UserError(f"labeling at {self.at.root} is not finished yet; run the configuration first")
         with self._at_work() as work:
-            return measure_scaling(work, seeds=seeds, num_sizes=num_sizes)
+            return measure_scaling(work.training, seeds=seeds, num_sizes=num_sizes)
 
     @contextlib.contextmanager
     def _at_work(self) -> Iterator[StepWork]:
         """The lease on the root, and whatever steps open until the run ends."""
         with Lease(self.at.root), contextlib.ExitStack() as stack:
-            yield StepWork(self.config, self.at, self.say, stack)
+            yield StepWork(StepTools(self.config, self.at, self.say, stack))
 
     def student(self) -> Path:
         """The student's model folder, as a local path; what it needs is run first."""

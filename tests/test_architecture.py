@@ -33,6 +33,8 @@ TOP = {
     "run_state",
     "step_folders",
     "step_work",
+    "step_tools",
+    "training_work",
     "steps",
     "cli",
     "demo",

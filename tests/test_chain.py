@@ -378,7 +378,7 @@ def test_what_failed_is_told_by_status_and_retried_alone(
 
     with monkeypatch.context() as patch:
         patch.setattr("relevance_ray.labeling.pipeline.label", die)
-        patch.setattr("relevance_ray.step_work.StepWork._ray", lambda *_, **__: None)
+        patch.setattr("relevance_ray.step_tools.StepTools.ray", lambda *_, **__: None)
         with pytest.raises(KeyboardInterrupt):
             chain.retry_failed()
     refused = cli("retry-failed", str(root))

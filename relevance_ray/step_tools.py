@@ -1,0 +1,65 @@
+"""What the work of every step has at hand: Ray, the live line, folders to work in, the prepared data."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from relevance_ray.config import Config
+from relevance_ray.object_log import ObjectLog
+from relevance_ray.progress import Progress
+from relevance_ray.ray_session import check_resources, ray_session
+from relevance_ray.step_folders import StepFolders
+from relevance_ray.storage import cache_folder, fingerprint, is_remote, join, localize, publish_folder
+
+Say = Callable[[str], None]
+
+
+class StepTools:
+    """What the steps of one configuration share.
+
+    Args:
+        at: where each step is kept.
+        say: told what takes long and has no line of its own.
+        stack: closed when the run ends; Ray is opened on it by the first step that needs it.
+    """
+
+    def __init__(self, config: Config, at: StepFolders, say: Say, stack: contextlib.ExitStack) -> None:
+        self.config, self.at, self.say, self._stack = config, at, say, stack
+        self._log = ObjectLog(at.root) if is_remote(at.root) else f"{at.root}/log.jsonl"
+
+    def ray(self, step: str) -> None:
+        """Ray from here to the end of the run, which must be able to hold what a step wants at once."""
+        self._stack.enter_context(ray_session(self.config.resources.num_cpus))
+        for demand in self.config.resources.needed(step, self.config.generate.uses_llm):
+            check_resources(demand)
+
+    def progress(self, description: str, total: int | None, unit: str) -> Progress:
+        return Progress(description, total, unit, log=self._log)
+
+    def work_folder(self, step: str, folder: str) -> Path:
+        """A local folder for checkpoints: within the step on disk, in the cache where the root is on S3."""
+        cached = cache_folder() / "work" / f"{step}-{fingerprint(folder)}"
+        work = cached if is_remote(folder) else Path(folder) / "work"
+        work.mkdir(parents=True, exist_ok=True)
+        return work
+
+    def prepared(self) -> Path:
+        return localize(self.at.folder("prepare"))
+
+
+@contextlib.contextmanager
+def model_in(folder: str, work: Path) -> Iterator[Path]:
+    """Where training puts the model of a step folder: there at once on disk, by upload afterwards on S3."""
+    yield local_model(folder, work)
+    publish_model(folder, local_model(folder, work))
+
+
+def local_model(folder: str, work: Path) -> Path:
+    return work / "model" if is_remote(folder) else Path(folder) / "model"
+
+
+def publish_model(folder: str, model: Path) -> None:
+    if is_remote(folder):
+        publish_folder(model, join(folder, "model"))

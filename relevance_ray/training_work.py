@@ -1,0 +1,214 @@
+"""The trainings of a configuration: its teacher, its student, the students that it is compared with, and their folders."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from relevance_ray.actor_pool import Workers
+from relevance_ray.model_folder import read_model_info
+from relevance_ray.options import semantic
+from relevance_ray.progress import Progress
+from relevance_ray.step_folders import VERSIONS
+from relevance_ray.step_tools import StepTools, local_model, model_in, publish_model
+from relevance_ray.storage import CommitLog, exists, fingerprint, is_remote, join, localize, publish_folder, write_json
+from relevance_ray.training.options import StudentOptions
+
+if TYPE_CHECKING:
+    from relevance_ray.training.fit import OnProgress
+    from relevance_ray.training.student import StudentRequest
+
+FILES_FOR_ACTORS = 200
+"""Fewer files of labels are tokenised sooner by this process than actors start."""
+
+
+class TrainingWork:
+    """Trains what a configuration asks for."""
+
+    def __init__(self, tools: StepTools) -> None:
+        self.tools, self.config, self.at = tools, tools.config, tools.at
+
+    def _runner(self, name: str) -> Any:
+        from relevance_ray.training.ray_train import ray_runner
+
+        resources = self.config.resources
+        self.tools.ray("train-student")
+        return ray_runner(
+            num_workers=resources.train_workers,
+            cpus_per_worker=resources.cpus_per_train_worker,
+            use_gpu=resources.train_on_gpu,
+            name=name,
+        )
+
+    def train_teacher(self, folder: str) -> dict[str, Any]:
+        from relevance_ray.data.prepare import iter_products, read_scale
+        from relevance_ray.training.teacher import train_teacher
+
+        prepared, work = self.tools.prepared(), self.tools.work_folder("train-teacher", folder)
+        with (
+            self.tools.progress("train-teacher", None, "steps") as progress,
+            _tracking(folder, work) as track,
+            model_in(folder, work) as model,
+        ):
+            return train_teacher(
+                self.config.teacher,
+                read_scale(prepared),
+                str(prepared / "judged_groups.parquet"),
+                partial(iter_products, prepared),
+                model,
+                work,
+                self._runner("train-teacher"),
+                on_progress=partial(_show_training, progress, track),
+                label_smoothing=self.config.data.label_smoothing,
+            )
+
+    def train_student(self, folder: str) -> dict[str, Any]:
+        request = self._labels_of(self.config.student, folder, self.tools.work_folder("train-student", folder))
+        [summary] = self._train("train-student", {folder: request})
+        return summary
+
+    def _labels_of(
+        self, options: StudentOptions, folder: str, work: Path, max_groups: int | None = None
+    ) -> StudentRequest:
+        """A student of the labels, or of the shards that hold its first groups."""
+        log, names = CommitLog(self.at.folder("label")), self.at.labeled_shards()
+        records = log.committed()
+        if max_groups is not None:
+            before = itertools.accumulate((records[name]["rows"] for name in names), initial=0)
+            names = [name for name, start in zip(names, before, strict=False) if start < max_groups]
+        return self._request(options, [log.path(name) for name in names], folder, work, max_groups)
+
+    def _request(
+        self,
+        options: StudentOptions,
+        files: Sequence[str] | None,
+        folder: str,
+        work: Path,
+        max_groups: int | None = None,
+        part: str = "",
+    ) -> StudentRequest:
+        from relevance_ray.data.prepare import read_scale
+        from relevance_ray.training.student import StudentRequest
+
+        prepared = self.tools.prepared()
+        return StudentRequest(
+            options,
+            read_scale(prepared),
+            files,
+            str(prepared / "judged_groups.parquet"),
+            local_model(folder, work),
+            work,
+            max_groups,
+            self.config.data.label_smoothing,
+            part,
+        )
+
+    def _train(self, name: str, requests: Mapping[str, StudentRequest]) -> list[dict[str, Any]]:
+        """Train students by one group of workers, each into a folder of its own."""
+        from relevance_ray.training.ingest import in_turn
+        from relevance_ray.training.ray_ingest import ray_ingest
+        from relevance_ray.training.student import train_students
+
+        resources = self.config.resources
+        num_files = max(len(request.train_files or ()) for request in requests.values())
+        spread = ray_ingest(Workers(resources.train_workers, resources.cpus_per_train_worker))
+        folder, request = next(iter(requests.items()))
+        with self.tools.progress(name, None, "steps") as progress, _tracking(folder, request.work_dir) as track:
+            summaries = train_students(
+                list(requests.values()),
+                self._runner(name),
+                on_progress=partial(_show_training, progress, track),
+                run_ingest=in_turn if num_files < FILES_FOR_ACTORS else spread,
+                on_ingest=lambda done, of: progress.update(part=f"tokens {done}/{of}"),
+            )
+        for folder, request in requests.items():
+            publish_model(folder, request.out_dir)
+        return summaries
+
+    def students_of(self, num_groups: Sequence[int], seeds: Sequence[int]) -> list[list[Path]]:
+        """Model folders of the run's student taught by its first labeled groups alone, for each number of groups one a
+        seed; kept under `scaling/`."""
+        requests: dict[str, StudentRequest] = {}
+        folders: list[list[str]] = []
+        for size in num_groups:
+            folders.append([])
+            for seed in seeds:
+                options = replace(self.config.student, fit=replace(self.config.student.fit, seed=seed))
+                request = self._labels_of(options, "", Path(), size)
+                inputs = [self.at.key("prepare"), semantic(options), self.at.key("label"), request.train_files, size]
+                key = fingerprint("scaling", VERSIONS["train-student"], inputs)
+                folder = join(self.at.root, "scaling", f"student-{key}")
+                folders[-1].append(folder)
+                if not exists(join(folder, "step.json")):
+                    work = self.tools.work_folder("scaling", folder)
+                    part = f"{size} groups, seed {seed}"
+                    requests[folder] = self._request(options, request.train_files, folder, work, size, part)
+        if requests:
+            self.tools.say(
+                f"scaling: training {len(requests)} students of {num_groups[0]:,} to {num_groups[-1]:,} groups"
+            )
+            for folder, summary in zip(requests, self._train("scaling", requests), strict=True):
+                write_json(join(folder, "step.json"), {"summary": summary})
+        return [[localize(join(folder, "model")) for folder in found] for found in folders]
+
+    def human_only(self) -> Path:
+        """The model folder of the same student on human labels alone: the baseline of every evaluation, kept for all
+        that share it."""
+        config = self.config
+        options = config.student.on_human_labels(config.evaluate.human_loss, config.evaluate.human_fit)
+        key = fingerprint("human-only", VERSIONS["train-student"], self.at.judged_key(), semantic(options))
+        folder = join(self.at.root, "evaluate-baselines", f"human_only-{key}")
+        if not exists(join(folder, "step.json")):
+            self.tools.say(f"evaluate: training the same student on human labels alone ({folder})")
+            request = self._request(options, None, folder, self.tools.work_folder("human_only", folder))
+            [summary] = self._train("human-only student", {folder: request})
+            write_json(join(folder, "step.json"), {"fingerprint": key, "summary": summary})
+        return localize(join(folder, "model"))
+
+    def models(self) -> dict[str, Path]:
+        """Model folders that `evaluate` compares, by name, in the order of the report; after a run all are there."""
+        from relevance_ray.data.prepare import iter_products, read_judged, read_scale
+        from relevance_ray.evaluation.baselines import build_baselines
+
+        prepared = self.tools.prepared()
+        folders = {"student": localize(join(self.at.folder("train-student"), "model"))}
+        if (teacher := self.at.teacher()) is not None:
+            folders["teacher"] = localize(teacher)
+        folders["human_only"] = self.human_only()
+        return folders | build_baselines(
+            self.config.evaluate,
+            partial(iter_products, prepared),
+            read_judged(prepared, "dev"),
+            read_scale(prepared),
+            read_model_info(folders["student"]).template,
+            self.tools.work_folder("evaluate", self.at.folder("evaluate")),
+        )
+
+
+@contextlib.contextmanager
+def _tracking(folder: str, work: Path) -> Iterator[OnProgress]:
+    """TensorBoard's events of a training, in `tensorboard/` of its folder; on S3 by upload afterwards."""
+    from relevance_ray.training.tracking import TensorBoard
+
+    events = (work if is_remote(folder) else Path(folder)) / "tensorboard"
+    with TensorBoard(events) as board:
+        yield board
+    if is_remote(folder) and events.is_dir():
+        publish_folder(events, join(folder, "tensorboard"))
+
+
+def _show_training(progress: Progress, track: OnProgress, record: dict[str, Any]) -> None:
+    """A line of the training log on the live line, and in TensorBoard."""
+    track(record)
+    if record.get("part") != progress.extra.get("part"):
+        progress.update(part=record.get("part"))
+        progress.restart(record["step"])
+    shown: dict[str, Any] = {key: record[key] for key in ("part", "loss", "pairs_per_second") if key in record}
+    if "dev" in record:
+        shown["dev_ndcg"] = record["dev"]["ndcg"]
+    progress.update(record["step"], total=record["steps"], **shown)
