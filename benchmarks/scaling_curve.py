@@ -4,10 +4,10 @@ The teacher is trained on the human judgments; students are trained on human lab
 generated pairs, each size twice the one before; all rank the held-out judged queries. Prints the table, the fitted power law
 and its forecast, and JSON; the picture lies in `scaling/` of the work folder.
 
-    python benchmarks/scaling_curve.py --format esci|homedepot|market [--quick] [--data FOLDER] [--work FOLDER] [--set KEY=VALUE]
+    python benchmarks/scaling_curve.py --format esci|homedepot|market [--quick] [--data FOLDER] [--work FOLDER]
 
-Home Depot is taken as a shop with few judgments: 2,000 human pairs to train on, as many queries again to choose and to test
-by, its whole catalog. Killed and started again it goes on where it was, stage by stage.
+Home Depot is taken as a shop with few judgments: 2,000 human pairs to train on, others to choose and to test by, its whole
+catalog. Killed and started again it goes on where it was, stage by stage.
 """
 
 from __future__ import annotations

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ import pytest
 from tiny_training import SCALE, agreement, build_tiny_encoder, judged_groups, labeled_groups, write
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from relevance_ray import storage
 from relevance_ray.actor_pool import Workers
 from relevance_ray.calibration import logit_of_classes
 from relevance_ray.engines.encoding import PairEncoder
@@ -28,6 +32,7 @@ from relevance_ray.training.ingest import IngestSpec, ingest
 from relevance_ray.training.options import FitOptions, StudentOptions
 from relevance_ray.training.ray_ingest import ray_ingest
 from relevance_ray.training.student import StudentRequest, train_student
+from relevance_ray.training.torchrun import student_options as student_options_of
 
 
 @pytest.fixture(scope="module")
@@ -303,3 +308,35 @@ def test_sentence_transformers_reads_the_folder_and_gives_our_logits(encoder_fol
     ours = load_pair_model(tmp_path / "out").logits([q for q, _ in pairs], [{"title": t} for _, t in pairs])
     theirs = CrossEncoder(str(tmp_path / "out"), device="cpu").predict(pairs)
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_torchrun_trains_the_student_that_one_process_trains(encoder_folder: Path, tmp_path: Path) -> None:
+    files = [write(tmp_path / f"labels-{n}.parquet", labeled_groups(20, seed=n)) for n in range(2)]
+    judged_file = write(tmp_path / "judged.parquet", judged_groups(30))
+    storage.write_json(str(tmp_path / "scale.json"), SCALE.to_dict())
+    settings = [f"model={encoder_folder}", "max_tokens=16", "fit.epochs=2", "fit.learning_rate=0.003"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "relevance_ray.training.torchrun", "--labels", str(tmp_path / "labels-*.parquet")]
+    command += ["--judged", judged_file, "--scale", str(tmp_path / "scale.json"), "--out", str(tmp_path / "two")]
+    done = subprocess.run(
+        [*command, *(part for setting in settings for part in ("--set", setting))],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    options = student_options_of(settings)
+    train_student(StudentRequest(options, SCALE, files, judged_file, tmp_path / "one", tmp_path / "work"))
+    products = [{"title": title} for title in ("red shoe", "blue shoe", "blue lamp")]
+    logits = [load_pair_model(tmp_path / name).logits(["red shoe"] * 3, products) for name in ("one", "two")]
+    np.testing.assert_allclose(*logits, atol=1e-3)
+    assert not (tmp_path / "two.work" / "tokens").exists()
+
+
+def test_an_unknown_option_of_torchrun_is_one_sentence() -> None:
+    with pytest.raises(UserError, match="--set fit.epoch=2: give key=value"):
+        student_options_of(["fit.epoch=2"])
+    with pytest.raises(UserError, match="--set: epochs 0 must be at least 1"):
+        student_options_of(["fit.epochs=0"])

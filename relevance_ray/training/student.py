@@ -75,9 +75,9 @@ def train_students(
         UserError: no group with two labeled products, no dev query, or a model that does not resolve.
     """
     missing = [request for request in requests if finished_summary(request.out_dir) is None]
-    jobs = [_job(request, run_ingest, on_ingest) for request in missing]
+    jobs = [student_job(request, run_ingest, on_ingest) for request in missing]
     for request, result in zip(missing, runner(jobs, on_progress) if jobs else (), strict=True):
-        _finish(request, result)
+        finish_student(request, result)
     summaries = [finished_summary(request.out_dir) for request in requests]
     return [summary for summary in summaries if summary is not None]
 
@@ -88,7 +88,10 @@ def train_student(request: StudentRequest, *arguments: Any, **named: Any) -> dic
     return summary
 
 
-def _job(request: StudentRequest, run_ingest: RunItems, on_ingest: Callable[[int, int], None] | None) -> Job:
+def student_job(
+    request: StudentRequest, run_ingest: RunItems = in_turn, on_ingest: Callable[[int, int], None] | None = None
+) -> Job:
+    """What workers are given: the start folder and the token files are made where they are missing."""
     options, judged_file = request.options, request.judged_file
     check_dev_queries(judged_file)
     start = (request.work_dir / "start").absolute()
@@ -103,7 +106,8 @@ def _job(request: StudentRequest, run_ingest: RunItems, on_ingest: Callable[[int
     return Job(spec, options.fit, request.work_dir / "fit", request.part)
 
 
-def _finish(request: StudentRequest, result: FitResult) -> None:
+def finish_student(request: StudentRequest, result: FitResult) -> None:
+    """Calibrate what workers left, and put the model folder in place."""
     logits = logit_of_classes(result.predictions(), SINGLE_LOGIT_GAINS)
     calibration = calibrate(logits, request.judged_file, request.scale)
     shutil.rmtree(request.work_dir / "tokens")
