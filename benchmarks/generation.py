@@ -8,7 +8,8 @@ included. Workers map the index, so their share of it counts as long as the syst
 The peer is a loop over `bm25s` on one core: its index over the same texts, mapped as well, as many best products for each
 of the same queries, and nothing else: no other origins, no products' fields, no files. Ours is whole shards,
 but without their commits; both on one core, alternating, in one run. (bm25s can also compile its scoring with numba, which
-is no dependency here.)
+is no dependency here.) The loop scores every product; ours scores those that its budget of hits opens
+(`lexical.POSTINGS_BUDGET`), which on this catalog, of few words, are not always the best (RESULTS.md has the share).
 
     python benchmarks/generation.py [--quick] [--dense] [--pairs N] [--products N] [--work FOLDER]
 """
