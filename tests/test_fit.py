@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,23 @@ from tiny_training import SCALE, build_tiny_encoder, judged_groups, labeled_grou
 from relevance_ray.errors import UserError
 from relevance_ray.student.cross_encoder import build_cross_encoder
 from relevance_ray.student.two_tower import build_two_tower
+from relevance_ray.teacher.classifier import build_classifier
+from relevance_ray.teacher.options import ClassifierOptions
 from relevance_ray.training.fit import (
     FitResult,
     OnProgress,
+    Task,
     TaskSpec,
     micro_batches,
     schedule,
     share_by_cost,
 )
 from relevance_ray.training.ingest import IngestSpec, ingest
-from relevance_ray.training.options import FitOptions, StudentOptions
+from relevance_ray.training.options import FitOptions, StudentOptions, TeacherFitOptions
 from relevance_ray.training.ray_train import ray_runner
 from relevance_ray.training.runners import Job, local_runner
 from relevance_ray.training.student_task import StudentTask, StudentTaskSpec
+from relevance_ray.training.teacher_task import TeacherTaskSpec
 
 OPTIONS = FitOptions(
     epochs=2, learning_rate=3e-3, batch_size=10, max_batch_tokens=128, checkpoint_every=3, eval_every=4, seed=3
@@ -256,6 +260,28 @@ class TestRayTrain:
         assert (tmp_path / "died").exists()
         np.testing.assert_allclose(losses_of(result), losses_of(undisturbed), rtol=1e-4)
 
+    @pytest.mark.parametrize("lora", [0, pytest.param(2, marks=pytest.mark.slow)])
+    def test_a_teacher_shared_out_over_workers_takes_the_steps_of_one_and_survives_a_kill(
+        self, tmp_path: Path, lora: int
+    ) -> None:
+        model = build_tiny_encoder(tmp_path / "encoder")
+        teacher = ClassifierOptions(model=str(model), max_tokens=16, dropout=0.0)
+        build_classifier(teacher, SCALE, tmp_path / "start", seed=0)
+        judged = write(tmp_path / "judged.parquet", judged_groups(20))
+        spec = TeacherTaskSpec(str(tmp_path / "start"), judged, lora, label_smoothing=0.1, seed=0)
+        options = TeacherFitOptions(**{**asdict(OPTIONS), "batch_size": 24, "sharded": True})
+        alone = train(spec, options, tmp_path / "alone")  # with nobody to share with
+        cloudpickle.register_pickle_by_value(sys.modules[__name__])
+        mortal = MortalSpec(spec, str(tmp_path / "died"), at_loss=9)
+        shared = train_on_two(mortal, options, tmp_path / "shared")
+        assert (tmp_path / "died").exists()
+        np.testing.assert_allclose(losses_of(shared), losses_of(alone), rtol=1e-3)
+        np.testing.assert_allclose(shared.predictions(), alone.predictions(), atol=5e-3)
+        weights, expected = weights_of(shared), weights_of(alone)
+        assert weights.keys() == expected.keys()
+        for name, weight in weights.items():
+            torch.testing.assert_close(weight, expected[name], atol=5e-3, rtol=0)
+
     def test_what_the_user_must_mend_reaches_the_driver_as_such(self, tmp_path: Path) -> None:
         options = replace(OPTIONS, learning_rate=1e30, warmup_ratio=0.0)
         with pytest.raises(UserError, match=r"lower fit\.learning_rate"):
@@ -266,12 +292,12 @@ class TestRayTrain:
 class MortalSpec:
     """A task whose second worker kills itself, once."""
 
-    spec: StudentTaskSpec
+    spec: TaskSpec
     marker: str
     at_loss: int
 
-    def build(self, rank: int, world_size: int) -> StudentTask:
-        task = StudentTask(self.spec)
+    def build(self, rank: int, world_size: int) -> Task:
+        task = self.spec.build(rank, world_size)
         whole_loss, calls = task.loss, [0]
 
         def loss(examples: np.ndarray) -> torch.Tensor:

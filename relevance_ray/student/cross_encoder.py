@@ -21,7 +21,7 @@ from relevance_ray.models import resolve_model
 from relevance_ray.schema import LabelScale
 from relevance_ray.student.options import EncoderOptions
 from relevance_ray.student.packed import PairTokens, pack_texts
-from relevance_ray.student.reading import device_of, in_runs, usable_rows
+from relevance_ray.student.reading import in_runs, usable_rows
 
 
 def build_cross_encoder(options: EncoderOptions, scale: LabelScale, out: Path, seed: int) -> None:
@@ -57,4 +57,4 @@ class CrossReader:
     def outputs(self, model: nn.Module, tokens: PairTokens, rows: np.ndarray) -> torch.Tensor:
         """Outputs of a sequence classifier for some rows, float32 [len(rows), num_labels]: rows of like length in one
         pass, so that hardly any token is padding."""
-        return in_runs(tokens.texts, tokens.product[rows], device_of(model), lambda **inputs: model(**inputs).logits)
+        return in_runs(tokens.texts, tokens.product[rows], model, lambda **inputs: model(**inputs).logits)

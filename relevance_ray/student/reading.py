@@ -11,6 +11,7 @@ from torch import nn
 
 from relevance_ray.engines.base import row_error
 from relevance_ray.engines.encoding import token_batches
+from relevance_ray.sharding import equal_calls
 from relevance_ray.student.packed import PackedTokens, PairTokens
 
 CPU_RUN_TOKENS = 1024
@@ -40,16 +41,23 @@ def usable_rows(queries: Sequence[str], products: Sequence[Mapping[str, Any]], w
 
 
 def in_runs(
-    tokens: PackedTokens, rows: np.ndarray, device: torch.device, forward: Callable[..., torch.Tensor]
+    tokens: PackedTokens, rows: np.ndarray, model: nn.Module, forward: Callable[..., torch.Tensor]
 ) -> torch.Tensor:
     """`forward` of some rows, float32 [len(rows), ...], in runs of rows of like length."""
+    device = device_of(model)
     lengths = tokens.offsets[rows + 1] - tokens.offsets[rows]
     runs = token_batches(lengths, CPU_RUN_TOKENS if device.type == "cpu" else GPU_RUN_TOKENS)
-    outputs = []
-    for run in runs:
-        inputs = {name: torch.from_numpy(value).to(device) for name, value in tokens.pad(rows[run]).items()}
-        outputs.append(forward(**inputs).float())
-    back = torch.from_numpy(np.argsort(np.concatenate(runs))).to(device)
+
+    def run(some: np.ndarray) -> torch.Tensor:
+        inputs = {name: torch.from_numpy(value).to(device) for name, value in tokens.pad(some).items()}
+        return forward(**inputs).float()
+
+    outputs = [run(rows[each]) for each in runs]
+    num_empty = equal_calls(model, max(len(runs), 1)) - len(runs)
+    for _ in range(num_empty):  # so that all workers of a model that is shared out make as many passes
+        spare = run(np.argmax(tokens.lengths > 0, keepdims=True))
+        outputs = [outputs[0] + 0 * spare.sum(), *outputs[1:]] if outputs else [spare[:0]]
+    back = torch.from_numpy(np.argsort(np.concatenate([*runs, np.empty(0, np.int64)]))).to(device)
     return torch.cat(outputs)[back]
 
 

@@ -25,7 +25,7 @@ from relevance_ray.models import resolve_model
 from relevance_ray.schema import LabelScale
 from relevance_ray.student.options import EncoderOptions
 from relevance_ray.student.packed import PairTokens, pack_texts
-from relevance_ray.student.reading import device_of, in_runs, usable_rows
+from relevance_ray.student.reading import in_runs, usable_rows
 from relevance_ray.templates import Template
 
 START_BIAS = 0.4
@@ -131,9 +131,8 @@ class TowerReader:
         assert tokens.query is not None
         wanted = np.concatenate([tokens.query[rows], tokens.product[rows]])
         distinct, place = np.unique(wanted, return_inverse=True)
-        device = device_of(model)
-        found = in_runs(tokens.texts, distinct, device, lambda **inputs: model.vectors(inputs))
-        found = found[torch.from_numpy(place).to(device)]
+        found = in_runs(tokens.texts, distinct, model, lambda **inputs: model.vectors(inputs))
+        found = found[torch.from_numpy(place).to(found.device)]
         return found[: len(rows)], found[len(rows) :]
 
     def _tokenize(self, texts: list[str]) -> list[np.ndarray]:

@@ -13,9 +13,9 @@ import shutil
 import uuid
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 
 KEPT = 2
 
@@ -41,20 +41,6 @@ class LoopState:
     ended: bool = False
 
 
-def trained_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights that training changes, on the CPU."""
-    return {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def load_trained_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Put `trained_weights` back, in place."""
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert parameters.keys() == weights.keys(), sorted(parameters.keys() ^ weights.keys())[:5]
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
-
-
 def save_file(path: Path, value: object) -> None:
     """`torch.save` of a whole file or none."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
@@ -62,13 +48,15 @@ def save_file(path: Path, value: object) -> None:
     os.replace(partial, path)
 
 
-def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: LoopState) -> None:
+def save_checkpoint(
+    folder: Path, weights: dict[str, torch.Tensor], optimizer: dict[str, Any], state: LoopState
+) -> None:
     """Write the checkpoint of `state.step` below `folder` and remove all but the latest `KEPT`."""
     final = folder / f"step-{state.step:010d}"
     partial = folder / f".{final.name}.{uuid.uuid4().hex[:8]}"
     partial.mkdir(parents=True)
-    torch.save(trained_weights(model), partial / "weights.pt")
-    torch.save(optimizer.state_dict(), partial / "optimizer.pt")
+    torch.save(weights, partial / "weights.pt")
+    torch.save(optimizer, partial / "optimizer.pt")
     (partial / "state.json").write_text(json.dumps(asdict(state)), encoding="utf-8")
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
@@ -78,14 +66,16 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         shutil.rmtree(unfinished)
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> LoopState:
-    """Restore the latest checkpoint below `folder`, or return a fresh state where there is none."""
+def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], LoopState] | None:
+    """Weights, optimizer and state of the latest checkpoint below `folder`, None where there is none."""
     found = _checkpoints(folder)
     if not found:
-        return LoopState()
-    load_trained_weights(model, torch.load(found[-1] / "weights.pt", map_location="cpu", weights_only=True))
-    optimizer.load_state_dict(torch.load(found[-1] / "optimizer.pt", map_location="cpu", weights_only=True))
-    return LoopState(**json.loads((found[-1] / "state.json").read_text(encoding="utf-8")))
+        return None
+    return (
+        torch.load(found[-1] / "weights.pt", map_location="cpu", weights_only=True),
+        torch.load(found[-1] / "optimizer.pt", map_location="cpu", weights_only=True),
+        LoopState(**json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))),
+    )
 
 
 def _checkpoints(folder: Path) -> list[Path]:

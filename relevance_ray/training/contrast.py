@@ -13,11 +13,10 @@ import hashlib
 import numpy as np
 import torch
 
-from relevance_ray import losses
+from relevance_ray import distributed, losses
 from relevance_ray.student.collate import TrainingGroups
 from relevance_ray.student.packed import PairTokens
 from relevance_ray.student.two_tower import TowerReader, TwoTower
-from relevance_ray.training import distributed
 
 
 class Contrast:

@@ -9,7 +9,8 @@ It runs in one process, under `torchrun`, and inside Ray Train's workers without
 
 The trade-off: every worker holds the whole model and its optimizer, and gradients are summed in one flat buffer after the
 backward pass instead of during it. That is simple, exact with micro-batches, and right for students and for teachers up
-to what one GPU trains; larger ones train by LoRA, which shrinks the buffer to the adapters.
+to what one GPU trains; larger ones train by LoRA, which shrinks the buffer to the adapters, or shared out over the workers
+(`placement.py`).
 """
 
 from __future__ import annotations
@@ -29,9 +30,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from relevance_ray import distributed
 from relevance_ray.errors import UserError
-from relevance_ray.training import checkpoint, distributed
+from relevance_ray.training import checkpoint
+from relevance_ray.training.checkpoint import LoopState
 from relevance_ray.training.options import FitOptions
+from relevance_ray.training.placement import place
 
 OnProgress = Callable[[dict[str, Any]], None]
 LOG_FILE, RESULT_FILE, MODEL_FOLDER, PREDICTIONS_FILE = "log.jsonl", "result.json", "model", "predictions.npy"
@@ -69,8 +73,8 @@ class Task(Protocol):
     def predict(self) -> np.ndarray:
         """float32 [n, K] class logits of the rows asked for, the same on every worker; collective."""
 
-    def save(self, folder: Path) -> None:
-        """Write the model as a plain `save_pretrained` folder."""
+    def save(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+        """Write the model of some trained weights as a plain `save_pretrained` folder."""
 
 
 class TaskSpec(Protocol):
@@ -157,21 +161,22 @@ class _Loop:
         self.task, self.options, self.work_dir, self.on_progress = task, options, work_dir, on_progress
         self.rank, self.world = distributed.rank(), distributed.world_size()
         self.device = training_device()
-        self.model = task.model.to(self.device)
+        self.placed = place(task.model, self.device, options)
+        self.model = self.placed.model
         if options.compiled:
             task.compile()
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.gradient = _flat_gradient(self.parameters)
-        self.optimizer = _adamw(self.parameters, options)
         self.num_examples = len(task.costs)
         assert self.num_examples > 0
         self.steps_per_epoch = math.ceil(self.num_examples / options.batch_size)
         self.num_steps = self.steps_per_epoch * options.epochs
         self.eval_every = options.eval_every or self.steps_per_epoch
         self.checkpoints = work_dir / "checkpoints"
-        self.state = checkpoint.load_checkpoint(self.checkpoints, self.model, self.optimizer)
-        for parameter in self.parameters:
-            distributed.broadcast(parameter.data)
+        self.state = LoopState()
+        weights = self.placed.weights()
+        if (found := checkpoint.load_checkpoint(self.checkpoints)) is not None:
+            weights, optimizer, self.state = found
+            self.placed.load_optimizer_state(optimizer)
+        self.placed.load_weights(weights)  # also at the start: worker 0's count
 
     def run(self) -> None:
         self._open_log()
@@ -194,7 +199,7 @@ class _Loop:
     def finish(self, keep_model: bool) -> FitResult:
         """Put the best weights back, predict, and write model (if wanted), predictions and result, in this order."""
         weights = torch.load(self._best_file(), map_location="cpu", weights_only=True)
-        checkpoint.load_trained_weights(self.model, weights)
+        self.placed.load_weights(weights)
         self.model.eval()
         predictions = self.task.predict()
         state = self.state
@@ -206,7 +211,7 @@ class _Loop:
             for folder in (partial, final):
                 shutil.rmtree(folder, ignore_errors=True)
             if keep_model:
-                self.task.save(partial)
+                self.task.save(partial, weights)
                 partial.rename(final)
             np.save(self.work_dir / PREDICTIONS_FILE, predictions)
             _write_json(self.work_dir / RESULT_FILE, asdict(result))
@@ -221,25 +226,25 @@ class _Loop:
         seed = np.random.SeedSequence([self.options.seed, step, self.rank]).generate_state(1, np.uint64)[0]
         torch.manual_seed(int(seed))
         mine = share_by_cost(batch, self.task.costs[batch], self.world)[self.rank]
-        self.gradient.zero_()
+        self.placed.begin_step()
         total = torch.zeros((), device=self.device)
         with self._autocast():
             self.task.begin(mine)
-        for micro_batch in micro_batches(mine, self.task.costs[mine], self.options.max_batch_tokens):
+        own = micro_batches(mine, self.task.costs[mine], self.options.max_batch_tokens)
+        empty = [batch[:1]] * (self.placed.num_micro_batches(len(own)) - len(own))
+        for number, micro_batch in enumerate([*own, *empty]):
             with self._autocast():
-                loss = self.task.loss(micro_batch) / len(batch)
+                loss = self.task.loss(micro_batch) * (number < len(own)) / len(batch)
             loss.backward()
             total += loss.detach()
-        distributed.all_reduce_sum(self.gradient)
         mean_loss = float(distributed.all_reduce_sum(total))
         if not math.isfinite(mean_loss):
             raise UserError(f"the loss became {mean_loss} at step {step + 1}; lower fit.learning_rate")
-        norm = float(self.gradient.norm())
-        self.gradient.mul_(min(1.0, self.options.max_grad_norm / (norm + 1e-6)))
+        norm = self.placed.end_step(self.options.max_grad_norm)
         rate = self.options.learning_rate * schedule(step, self.num_steps, self.options.warmup_ratio)
-        for group in self.optimizer.param_groups:
+        for group in self.placed.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.step()
+        self.placed.optimizer.step()
         seconds = time.perf_counter() - start
         pairs = int(self.task.num_pairs[batch].sum())
         self.state.step, self.state.pairs = step + 1, self.state.pairs + pairs
@@ -266,8 +271,9 @@ class _Loop:
         best = self.state.best_metrics.get(MAIN_METRIC, -math.inf)
         if self.state.best_step < 0 or metrics[MAIN_METRIC] > best:
             self.state.best_step, self.state.best_metrics = self.state.step, metrics
+            weights = self.placed.weights()
             if self.rank == 0:
-                checkpoint.save_file(self._best_file(), checkpoint.trained_weights(self.model))
+                checkpoint.save_file(self._best_file(), weights)
         self._log({"step": self.state.step, "steps": self.num_steps, "dev": metrics})
 
     def _patience_is_over(self) -> bool:
@@ -275,8 +281,9 @@ class _Loop:
         return bool(self.options.patience) and waited >= self.options.patience
 
     def _checkpoint(self) -> None:
+        weights, optimizer = self.placed.weights(), self.placed.optimizer_state()
         if self.rank == 0:
-            checkpoint.save_checkpoint(self.checkpoints, self.model, self.optimizer, self.state)
+            checkpoint.save_checkpoint(self.checkpoints, weights, optimizer, self.state)
             # Only now is no checkpoint left to resume from that would want an older best.
             for file in set(self.work_dir.glob("best-*.pt")) - {self._best_file()}:
                 file.unlink()
@@ -343,23 +350,6 @@ def schedule(step: int, num_steps: int, warmup_ratio: float) -> float:
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return (num_steps - step) / max(num_steps - warmup, 1)
-
-
-def _flat_gradient(parameters: list[nn.Parameter]) -> torch.Tensor:
-    """One buffer whose pieces are the parameters' gradients, so that all of them are summed over workers at once."""
-    flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
-    offset = 0
-    for parameter in parameters:
-        parameter.grad = flat[offset : offset + parameter.numel()].view_as(parameter)
-        offset += parameter.numel()
-    return flat
-
-
-def _adamw(parameters: list[nn.Parameter], options: FitOptions) -> torch.optim.AdamW:
-    matrices = [p for p in parameters if p.ndim >= 2]
-    vectors = [p for p in parameters if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=options.learning_rate, fused=True)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -33,6 +33,9 @@ class FitOptions:
     )
     max_batch_tokens: int = option(8192, "Tokens whose activations one worker holds at once", operational=True)
     checkpoint_every: int = option(100, "Steps between checkpoints to resume from", operational=True)
+    sharded: bool = option(
+        False, "Share the model out over the workers (FSDP), where none can hold it whole", operational=True
+    )
     compiled: bool = option(
         False, "Train through torch.compile, which takes a minute to pay for itself", operational=True
     )
@@ -115,6 +118,8 @@ class StudentOptions(EncoderOptions):
                 raise ValueError(f"{name} {getattr(self, name)} must be above 0")
         if self.infonce_weight and self.kind != "two_tower":
             raise ValueError("infonce_weight is read by kind two_tower only; leave it out")
+        if self.fit.sharded:
+            raise ValueError("fit.sharded is for teachers; a student fits every worker")
         if self.infonce_weight and self.dropout:
             raise ValueError("infonce_weight needs dropout 0, since it encodes each text twice")
         if self.max_group_products < 2:

@@ -7,14 +7,14 @@ any token is padding; a loss then joins them again, because a margin needs both 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from relevance_ray import metrics
+from relevance_ray import distributed, metrics
 from relevance_ray.calibration import logit_of_classes
 from relevance_ray.engines.encoding import PairEncoder
 from relevance_ray.engines.transformers import as_class_logits, gains_of
@@ -25,8 +25,8 @@ from relevance_ray.student.packed import PairTokens
 from relevance_ray.student.reading import Reader
 from relevance_ray.student.two_tower import TowerReader, TwoTower
 from relevance_ray.teacher.classifier import merge_lora
-from relevance_ray.training import distributed
 from relevance_ray.training.fit import MAIN_METRIC
+from relevance_ray.training.placement import load_trained_weights
 
 
 class PairTask:
@@ -49,17 +49,25 @@ class PairTask:
         self.info = read_model_info(start)
         self.tokenizer = AutoTokenizer.from_pretrained(start)
         self.reader = reader_of(self.info, self.tokenizer)
-        if self.info.kind == "bi_encoder":
-            self.net, num_labels = TwoTower(start), 1
-        else:
-            self.net = AutoModelForSequenceClassification.from_pretrained(start, dtype=torch.float32)
-            num_labels = self.net.config.num_labels
+        self._start = start
+        self.net = self.open_net()
+        self.model = self.open_model(self.net)
+        num_labels = 1 if isinstance(self.net, TwoTower) else self.net.config.num_labels
         self.gains = gains_of(self.info, num_labels)
-        self.model = self.net
         judged = collate.read_judged_split(judged_file, "dev")
         self.dev = collate.encode_judged(judged, self.reader, self.info.scale)
         self.asked = self.dev.pairs
         self.asked_rows = np.arange(len(self.asked.lengths))
+
+    def open_net(self) -> Any:
+        """What reads pairs, from the start folder, on the CPU."""
+        if self.info.kind == "bi_encoder":
+            return TwoTower(self._start)
+        return AutoModelForSequenceClassification.from_pretrained(self._start, dtype=torch.float32)
+
+    def open_model(self, net: Any) -> nn.Module:
+        """What is trained, around it."""
+        return cast(nn.Module, net)
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """The order of the examples in one epoch, int64: a pure function of its arguments."""
@@ -81,8 +89,10 @@ class PairTask:
         usable = usable[np.argsort(-lengths[usable], kind="stable")]
         mine = usable[distributed.rank() :: distributed.world_size()]
         out = np.full((len(lengths), len(self.gains)), np.nan, dtype=np.float32)
+        if not len(usable):
+            return out
         with torch.inference_mode():
-            found = as_class_logits(self.reader.outputs(self.net, pairs, mine).cpu().numpy()) if len(mine) else out[:0]
+            found = as_class_logits(self.reader.outputs(self.net, pairs, mine).cpu().numpy())
         for rows, values in distributed.gather((mine, found)):
             out[rows] = values
         return out
@@ -97,10 +107,13 @@ class PairTask:
     def predict(self) -> np.ndarray:
         return self.class_logits(self.asked, self.asked_rows)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+        """Write a plain model folder of some trained weights."""
+        net = self.open_net()
+        load_trained_weights(self.open_model(net), weights)
         folder.mkdir(parents=True)
         write_model_info(folder, self.info)
-        merge_lora(self.net).save_pretrained(folder)
+        merge_lora(net).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from relevance_ray.training import distributed
+from relevance_ray import distributed
 from relevance_ray.training.fit import FitResult, OnProgress, TaskSpec, fit, read_result
 from relevance_ray.training.options import FitOptions
 

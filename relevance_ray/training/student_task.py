@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -51,9 +51,10 @@ class StudentTask(PairTask):
     """Distills logits group by group; an example is a group."""
 
     def __init__(self, spec: StudentTaskSpec) -> None:
-        super().__init__(spec.start, spec.judged_file)
         self.options = options = spec.options
         generated = GroupFiles([Path(file) for file in spec.token_files], spec.max_groups)
+        self.thresholds = OrdinalThresholds(generated.num_classes) if options.kl_weight else None
+        super().__init__(spec.start, spec.judged_file)
         human = GroupFiles([Path(file) for file in spec.human_files])
         self.sources = generated, human
         self.num_generated = len(generated.sizes)
@@ -64,10 +65,10 @@ class StudentTask(PairTask):
         self.examples = np.concatenate([np.arange(self.num_generated), repeated])
         self.costs = np.concatenate([generated.num_tokens, human.num_tokens[repeated]])
         self.num_pairs = np.concatenate([generated.sizes, human.sizes[repeated]])
-        if options.kl_weight:
-            self.thresholds = OrdinalThresholds(generated.num_classes)
-            self.model = nn.ModuleDict({"net": self.net, "thresholds": self.thresholds})
         self.contrast = Contrast(options.infonce_temperature) if options.infonce_weight else None
+
+    def open_model(self, net: Any) -> nn.Module:
+        return net if self.thresholds is None else nn.ModuleDict({"net": net, "thresholds": self.thresholds})
 
     def take(self, examples: np.ndarray) -> TrainingGroups:
         """The groups of some examples, in their order."""
@@ -115,7 +116,7 @@ class StudentTask(PairTask):
         if options.bce_weight:
             by_pair = losses.soft_bce(student, torch.sigmoid(teacher))
             total = total + options.bce_weight * losses.group_mean(by_pair, group, num_groups)
-        if options.kl_weight:
+        if self.thresholds is not None:
             assert batch.classes is not None
             classes = torch.from_numpy(batch.classes).to(device)
             own = losses.ordinal_log_probabilities(student, self.thresholds())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,9 +46,8 @@ class TeacherTask(PairTask):
     """Learns human judgments; an example is a judged pair."""
 
     def __init__(self, spec: TeacherTaskSpec) -> None:
+        self._lora, self._seed = spec.lora, spec.seed
         super().__init__(spec.start, spec.judged_file)
-        if spec.lora:
-            self.model = self.net = add_lora(self.net, spec.lora, spec.seed)
         judged = collate.read_judged_split(spec.judged_file, "train")
         flat = collate.flatten_groups(judged)
         fold = query_folds(flat.queries, spec.folds)
@@ -63,6 +63,10 @@ class TeacherTask(PairTask):
         self.target = target.astype(np.float32)
         self.costs = lengths[self.rows]
         self.num_pairs = np.ones(len(self.rows), dtype=np.int64)
+
+    def open_net(self) -> Any:
+        net = super().open_net()
+        return add_lora(net, self._lora, self._seed) if self._lora else net
 
     def loss(self, examples: np.ndarray) -> torch.Tensor:
         """Cross-entropy against the soft grades; for a single logit, binary cross-entropy against their expected gain."""

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 import yaml
 
+from relevance_ray import distributed
 from relevance_ray.errors import UserError, what_to_mend
 from relevance_ray.quiet import quiet_libraries
 from relevance_ray.schema import LabelScale
-from relevance_ray.training import distributed
 from relevance_ray.training.options import FitOptions, StudentOptions
 from relevance_ray.training.runners import local_runner
 from relevance_ray.training.student import StudentRequest, finish_student, student_job

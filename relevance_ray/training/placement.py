@@ -1,0 +1,193 @@
+"""How a model, its gradients and its optimizer lie on the workers: a copy on each, or shared out.
+
+A copy on each: gradients lie in one flat buffer, summed over workers at once after the backward pass. Shared out (FSDP):
+each worker holds a part of every layer and of its optimizer, for models that none can hold whole; layers are gathered as
+they are needed, and gradients summed as they come. Both keep whole weights and optimizer states, so a run may go on
+under the other, and on another number of workers.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from relevance_ray import distributed
+from relevance_ray.sharding import equal_calls
+from relevance_ray.training.options import FitOptions
+
+Weights = dict[str, torch.Tensor]
+
+
+class Placement(Protocol):
+    """A model on the workers. All methods are collective.
+
+    Attributes:
+        model: on its device.
+        optimizer: of its trained parameters.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    def begin_step(self) -> None:
+        """Forget the gradients of the step before."""
+
+    def num_micro_batches(self, own: int) -> int:
+        """How many this worker must run through the model where it has so many."""
+
+    def end_step(self, max_norm: float) -> float:
+        """Sum the gradients over workers and clip them; their norm before."""
+
+    def weights(self) -> Weights:
+        """The trained weights, whole, on the CPU."""
+
+    def load_weights(self, weights: Weights) -> None: ...
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """The optimizer's state, whole, on worker 0."""
+
+    def load_optimizer_state(self, state: dict[str, Any]) -> None: ...
+
+
+class Replicated:
+    """A copy on each worker."""
+
+    def __init__(self, model: nn.Module, device: torch.device, options: FitOptions) -> None:
+        self.model = model.to(device)
+        self._parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self._gradient = _flat_gradient(self._parameters)
+        self.optimizer = _adamw(self._parameters, options, fused=True)
+
+    def begin_step(self) -> None:
+        self._gradient.zero_()
+
+    def num_micro_batches(self, own: int) -> int:
+        return own
+
+    def end_step(self, max_norm: float) -> float:
+        distributed.all_reduce_sum(self._gradient)
+        norm = float(self._gradient.norm())
+        self._gradient.mul_(min(1.0, max_norm / (norm + 1e-6)))
+        return norm
+
+    def weights(self) -> Weights:
+        return trained_weights(self.model)
+
+    def load_weights(self, weights: Weights) -> None:
+        load_trained_weights(self.model, weights)
+        for parameter in self._parameters:
+            distributed.broadcast(parameter.data)
+
+    def optimizer_state(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_optimizer_state(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state)
+
+
+class Sharded:
+    """Shared out over all workers, layer by layer."""
+
+    def __init__(self, model: nn.Module, device: torch.device, options: FitOptions) -> None:
+        mesh = init_device_mesh(device.type, (distributed.world_size(),))
+        for layer in _layers(model):
+            fully_shard(layer, mesh=mesh)
+        self.model: nn.Module = fully_shard(model, mesh=mesh)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)  # a sum, as a loss is already over the global batch
+                module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+        self._parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = _adamw(self._parameters, options, fused=False)
+
+    def begin_step(self) -> None:
+        self.optimizer.zero_grad()
+
+    def num_micro_batches(self, own: int) -> int:
+        return equal_calls(self.model, own)
+
+    def end_step(self, max_norm: float) -> float:
+        norm: Any = nn.utils.clip_grad_norm_(self._parameters, max_norm)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    def weights(self) -> Weights:
+        return trained_weights(self.model)
+
+    def load_weights(self, weights: Weights) -> None:
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(_share_of(parameter, weights[name]))
+
+    def optimizer_state(self) -> dict[str, Any]:
+        state = self.optimizer.state_dict()
+        whole = {
+            index: {key: _whole(value) for key, value in values.items()} for index, values in state["state"].items()
+        }
+        return {**state, "state": whole}
+
+    def load_optimizer_state(self, state: dict[str, Any]) -> None:
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        shares = {
+            index: {key: _share_of(parameters[index], value) if value.ndim else value for key, value in values.items()}
+            for index, values in state["state"].items()
+        }
+        self.optimizer.load_state_dict({**state, "state": shares})
+
+
+def place(model: nn.Module, device: torch.device, options: FitOptions) -> Placement:
+    """A model on the workers, as the options say; one worker alone has nothing to share out with."""
+    kind = Sharded if options.sharded and distributed.world_size() > 1 else Replicated
+    return kind(model, device, options)
+
+
+def trained_weights(model: nn.Module) -> Weights:
+    """The weights that training changes, whole, on the CPU. Collective where the model is shared out."""
+    return {name: _whole(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
+
+
+def load_trained_weights(model: nn.Module, weights: Weights) -> None:
+    """Put `trained_weights` into a model that is not shared out, in place."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert parameters.keys() == weights.keys(), sorted(parameters.keys() ^ weights.keys())[:5]
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+
+
+def _whole(value: Any) -> Any:
+    """All of a tensor, on the CPU. Collective where it is shared out."""
+    return (value.full_tensor() if isinstance(value, DTensor) else value).cpu().clone()
+
+
+def _share_of(parameter: Any, value: torch.Tensor) -> torch.Tensor:
+    """This worker's share of a whole tensor, of which worker 0's counts, laid out as a parameter is. Collective."""
+    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+
+
+def _layers(model: nn.Module) -> nn.ModuleList:
+    """The transformer's layers: its longest module list."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=len, default=nn.ModuleList())
+
+
+def _flat_gradient(parameters: list[nn.Parameter]) -> torch.Tensor:
+    """One buffer whose pieces are the parameters' gradients, so that all of them are summed over workers at once."""
+    flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
+    offset = 0
+    for parameter in parameters:
+        parameter.grad = flat[offset : offset + parameter.numel()].view_as(parameter)
+        offset += parameter.numel()
+    return flat
+
+
+def _adamw(parameters: list[nn.Parameter], options: FitOptions, *, fused: bool) -> torch.optim.AdamW:
+    matrices = [p for p in parameters if p.ndim >= 2]
+    vectors = [p for p in parameters if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=options.learning_rate, fused=fused)
