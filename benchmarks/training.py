@@ -103,7 +103,9 @@ def ours(arguments: argparse.Namespace, files: list[str], judged: str) -> dict[s
     began = time.perf_counter()
     tokens = ingest(IngestSpec(str(start), options), files, work / "tokens")
     tokenising = time.perf_counter() - began
-    task = StudentTaskSpec(str(start), tokens, judged, options, max_groups=arguments.steps * BATCH).build(0, 1)
+    task = StudentTaskSpec(str(start), tokens, judged, options, max_pairs=arguments.steps * BATCH * PRODUCTS).build(
+        0, 1
+    )
     whole_take = task.take
 
     def timed_take(examples: np.ndarray) -> Any:
@@ -114,7 +116,7 @@ def ours(arguments: argparse.Namespace, files: list[str], judged: str) -> dict[s
 
     task.take = timed_take  # type: ignore[method-assign]
     PackedTokens.pad = timed_pad  # type: ignore[method-assign]
-    curve, seconds = [], [0.0]
+    curve, seconds = [], [tokenising * arguments.steps * BATCH / arguments.groups]
     waited = []
 
     def follow(record: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from relevance_ray.storage import CommitLog, fingerprint, join, localize, read_j
 from relevance_ray.training_work import TrainingWork
 
 FOLDER = "scaling"
-_LEAST_GROUPS = 8
+_LEAST_PAIRS = 64
 
 
 def measure_scaling(
@@ -48,28 +48,24 @@ def measure_scaling(
     scale = read_scale(prepared)
     split = "test" if read_judged(prepared, "test").num_rows else "dev"
     judged = flatten(read_judged(prepared, split), scale)
-    models = work.models()
+    models = work.models(with_student=False)
     if teacher not in models:
         raise UserError(
             "these labels come from no model, so there is no teacher to pass; label with one (label.engine)"
         )
-    records, names = CommitLog(at.folder("label")).committed(), at.labeled_shards()
-    groups = np.concatenate([[0], np.cumsum([records[name]["rows"] for name in names])])
-    pairs = np.concatenate([[0], np.cumsum([records[name]["pairs"] for name in names])])
-    sizes = [int(groups[-1]) >> halvings for halvings in reversed(range(num_sizes))]
-    sizes = sorted({size for size in sizes if size >= _LEAST_GROUPS})
+    records = CommitLog(at.folder("label")).committed()
+    num_pairs = sum(records[name]["pairs"] for name in at.labeled_shards())
+    sizes = sorted({size for halvings in range(num_sizes) if (size := num_pairs >> halvings) >= _LEAST_PAIRS})
     if len(sizes) < 3:
-        raise UserError(f"{groups[-1]} labeled groups are too few for a curve of three sizes; raise generate.num_pairs")
+        raise UserError(f"{num_pairs} labeled pairs are too few for a curve of three sizes; raise generate.num_pairs")
     first = work.config.student.fit.seed
     folders = work.students_of(sizes, range(first, first + seeds))
     key = at.key("prepare")
     by_size = {
-        round(float(np.interp(size, groups, pairs))): np.stack(
-            [_per_query(at.root, key, each, judged) for each in found]
-        )
+        size: np.stack([_per_query(at.root, key, each, judged) for each in found])
         for size, found in zip(sizes, folders, strict=True)
     }
-    lines = {name: _per_query(at.root, key, folder, judged) for name, folder in models.items() if name != "student"}
+    lines = {name: _per_query(at.root, key, folder, judged) for name, folder in models.items()}
     report = scaling_report(by_size, lines, teacher) | {
         "split": split,
         "seeds": seeds,

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from relevance_ray.actor_pool import Workers
-from relevance_ray.model_folder import read_model_info
 from relevance_ray.options import semantic
 from relevance_ray.progress import Progress
 from relevance_ray.step_folders import VERSIONS
@@ -73,15 +72,15 @@ class TrainingWork:
         return summary
 
     def _labels_of(
-        self, options: StudentOptions, folder: str, work: Path, max_groups: int | None = None
+        self, options: StudentOptions, folder: str, work: Path, max_pairs: int | None = None
     ) -> StudentRequest:
-        """A student of the labels, or of the shards that hold its first groups."""
+        """A student of the labels, or of the shards that hold the first of them."""
         log, names = CommitLog(self.at.folder("label")), self.at.labeled_shards()
         records = log.committed()
-        if max_groups is not None:
-            before = itertools.accumulate((records[name]["rows"] for name in names), initial=0)
-            names = [name for name, start in zip(names, before, strict=False) if start < max_groups]
-        return self._request(options, [log.path(name) for name in names], folder, work, max_groups)
+        if max_pairs is not None:
+            before = itertools.accumulate((records[name]["pairs"] for name in names), initial=0)
+            names = [name for name, start in zip(names, before, strict=False) if start < max_pairs]
+        return self._request(options, [log.path(name) for name in names], folder, work, max_pairs)
 
     def _request(
         self,
@@ -89,7 +88,7 @@ class TrainingWork:
         files: Sequence[str] | None,
         folder: str,
         work: Path,
-        max_groups: int | None = None,
+        max_pairs: int | None = None,
         part: str = "",
     ) -> StudentRequest:
         from relevance_ray.data.prepare import read_scale
@@ -103,7 +102,7 @@ class TrainingWork:
             str(prepared / "judged_groups.parquet"),
             local_model(folder, work),
             work,
-            max_groups,
+            max_pairs,
             self.config.data.label_smoothing,
             part,
         )
@@ -130,12 +129,12 @@ class TrainingWork:
             publish_model(folder, request.out_dir)
         return summaries
 
-    def students_of(self, num_groups: Sequence[int], seeds: Sequence[int]) -> list[list[Path]]:
-        """Model folders of the run's student taught by its first labeled groups alone, for each number of groups one a
+    def students_of(self, num_pairs: Sequence[int], seeds: Sequence[int]) -> list[list[Path]]:
+        """Model folders of the run's student taught by the first of its labels alone, for each number of pairs one a
         seed; kept under `scaling/`."""
         requests: dict[str, StudentRequest] = {}
         folders: list[list[str]] = []
-        for size in num_groups:
+        for size in num_pairs:
             folders.append([])
             for seed in seeds:
                 options = replace(self.config.student, fit=replace(self.config.student.fit, seed=seed))
@@ -146,12 +145,10 @@ class TrainingWork:
                 folders[-1].append(folder)
                 if not exists(join(folder, "step.json")):
                     work = self.tools.work_folder("scaling", folder)
-                    part = f"{size} groups, seed {seed}"
+                    part = f"{size} pairs, seed {seed}"
                     requests[folder] = self._request(options, request.train_files, folder, work, size, part)
         if requests:
-            self.tools.say(
-                f"scaling: training {len(requests)} students of {num_groups[0]:,} to {num_groups[-1]:,} groups"
-            )
+            self.tools.say(f"scaling: training {len(requests)} students of {num_pairs[0]:,} to {num_pairs[-1]:,} pairs")
             for folder, summary in zip(requests, self._train("scaling", requests), strict=True):
                 write_json(join(folder, "step.json"), {"summary": summary})
         return [[localize(join(folder, "model")) for folder in found] for found in folders]
@@ -170,13 +167,15 @@ class TrainingWork:
             write_json(join(folder, "step.json"), {"fingerprint": key, "summary": summary})
         return localize(join(folder, "model"))
 
-    def models(self) -> dict[str, Path]:
+    def models(self, *, with_student: bool = True) -> dict[str, Path]:
         """Model folders that `evaluate` compares, by name, in the order of the report; after a run all are there."""
         from relevance_ray.data.prepare import iter_products, read_judged, read_scale
         from relevance_ray.evaluation.baselines import build_baselines
 
         prepared = self.tools.prepared()
-        folders = {"student": localize(join(self.at.folder("train-student"), "model"))}
+        folders: dict[str, Path] = {}
+        if with_student:
+            folders["student"] = localize(join(self.at.folder("train-student"), "model"))
         if (teacher := self.at.teacher()) is not None:
             folders["teacher"] = localize(teacher)
         folders["human_only"] = self.human_only()
@@ -185,7 +184,7 @@ class TrainingWork:
             partial(iter_products, prepared),
             read_judged(prepared, "dev"),
             read_scale(prepared),
-            read_model_info(folders["student"]).template,
+            self.config.student.template(),
             self.tools.work_folder("evaluate", self.at.folder("evaluate")),
         )
 
@@ -208,7 +207,9 @@ def _show_training(progress: Progress, track: OnProgress, record: dict[str, Any]
     if record.get("part") != progress.extra.get("part"):
         progress.update(part=record.get("part"))
         progress.restart(record["step"])
-    shown: dict[str, Any] = {key: record[key] for key in ("part", "loss", "pairs_per_second") if key in record}
+    shown: dict[str, Any] = {
+        key: record[key] for key in ("part", "loss", "groups_per_second", "pairs_per_second") if key in record
+    }
     if "dev" in record:
         shown["dev_ndcg"] = record["dev"]["ndcg"]
     progress.update(record["step"], total=record["steps"], **shown)

@@ -99,6 +99,12 @@ def test_human_groups_take_their_share_and_come_last_where_that_is_asked(tmp_pat
     assert last.order(0, 1).tolist() != last.order(0, 2).tolist()
 
 
+def test_classes_of_teacher_and_humans_that_differ_are_refused_by_every_worker(tmp_path: Path) -> None:
+    spec = student_spec(tmp_path, human_share=0.25, kl_weight=1.0)
+    with pytest.raises(UserError, match="labels have 2 classes and the human ones 3"):
+        spec.build(0, 1)
+
+
 def test_patience_ends_a_run_that_no_longer_gains_and_stays_ended(tmp_path: Path) -> None:
     spec = student_spec(tmp_path)
     options = replace(OPTIONS, learning_rate=1e-9, epochs=10, eval_every=2, patience=3)
@@ -233,11 +239,12 @@ def test_a_loss_that_explodes_stops_the_run(tmp_path: Path) -> None:
 class TestRayTrain:
     def test_two_workers_take_the_steps_of_one(self, tmp_path: Path) -> None:
         spec = student_spec(tmp_path)
-        one = train(spec, OPTIONS, tmp_path / "one")
+        fifty = replace(OPTIONS, epochs=10)
+        one = train(spec, fifty, tmp_path / "one")
         seen: list[dict[str, Any]] = []
         contrast = student_spec(tmp_path / "contrast", **OBJECTIVES["contrast"])
         jobs = [
-            Job(spec, OPTIONS, tmp_path / "two", "first"),
+            Job(spec, fifty, tmp_path / "two", "first"),
             Job(contrast, OPTIONS, tmp_path / "second", keep_model=False),
         ]
         two, second = ray_runner(num_workers=2)(jobs, seen.append)
@@ -247,8 +254,9 @@ class TestRayTrain:
         np.testing.assert_allclose(losses_of(second), losses_of(alone), rtol=1e-4)
         assert not second.model_folder.exists()
         assert [line["step"] for line in seen if line.get("part") == "first"][-1] == one.steps
-        assert [line["step"] for line in seen if "part" not in line][-1] == one.steps
-        assert train_on_two(spec, OPTIONS, tmp_path / "two") == two
+        assert one.steps == 50
+        assert [line["step"] for line in seen if "part" not in line][-1] == second.steps == 10
+        assert train_on_two(spec, fifty, tmp_path / "two") == two
         assert not (tmp_path / "two" / "ray").exists()
 
     def test_a_killed_worker_is_replaced_and_the_steps_stay_the_same(self, tmp_path: Path) -> None:

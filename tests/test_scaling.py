@@ -76,6 +76,9 @@ def test_a_curve_that_has_crossed_says_so_and_one_that_never_does_gives_no_numbe
     assert passed["forecast"]["pairs"] == pytest.approx(5000, rel=0.1)
     assert "has passed" in passed["forecast"]["sentence"]
     assert passed["sizes"][-1]["to_teacher"]["low"] > 0
+    always = report(0.5)["forecast"]
+    assert (always["pairs"], always["low"]) == (1000, 1000)
+    assert "the fewest pairs that were measured, 1,000" in always["sentence"]
     never = report(0.93)["forecast"]
     assert (never["pairs"], never["high"]) == (None, None)
     assert f"within {REACH * SIZES[-1]:,} pairs" in never["sentence"]

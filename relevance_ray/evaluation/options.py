@@ -35,6 +35,8 @@ class EvaluateOptions:
             raise ValueError(f"splits {self.splits} must name some of train, dev, test")
         if any(k < 1 for k in self.ks):
             raise ValueError(f"ks {self.ks} must be cutoffs of at least 1")
+        if self.human_fit.sharded:
+            raise ValueError("human_fit.sharded is for teachers; a student fits every worker")
         if not 0 < self.precision <= 1:
             raise ValueError(f"precision {self.precision} must be above 0 and at most 1")
         if self.num_resamples < 1:

@@ -148,13 +148,16 @@ def _difference(own: np.ndarray, other: np.ndarray, draws: np.ndarray) -> dict[s
 def _forecast(pairs: float, crossings: np.ndarray, sizes: Sequence[int]) -> dict[str, Any]:
     reach = float(REACH * sizes[-1])
     low, high = np.quantile(crossings, [0.025, 0.975], method="inverted_cdf")
-    within = [None if value > reach else round(value) for value in (pairs, float(low), float(high))]
+    least = float(sizes[0])
+    within = [None if value > reach else round(max(value, least)) for value in (pairs, float(low), float(high))]
     share = float((crossings <= reach).mean())
     if within[0] is None:
         sentence = (
             f"by this curve the student does not pass its teacher within {reach:,.0f} pairs ({REACH} times the most that "
             f"were measured); in {share:.0%} of resamples it does"
         )
+    elif pairs <= least:
+        sentence = f"the student is past its teacher with the fewest pairs that were measured, {sizes[0]:,}"
     else:
         bounds = " to ".join("beyond" if value is None else f"{value:,}" for value in within[1:])
         when = "passes" if within[0] > sizes[-1] else "has passed"

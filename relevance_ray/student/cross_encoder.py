@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from relevance_ray.engines.encoding import PairEncoder
-from relevance_ray.engines.sequence import build_start_folder
+from relevance_ray.engines.sequence import build_start_folder, is_causal
+from relevance_ray.errors import UserError
 from relevance_ray.model_folder import ModelInfo
 from relevance_ray.models import resolve_model
 from relevance_ray.schema import LabelScale
@@ -31,10 +32,18 @@ def build_cross_encoder(options: EncoderOptions, scale: LabelScale, out: Path, s
         UserError: the model does not resolve, is no encoder, or has fewer layers than asked for.
     """
     info = ModelInfo(kind="cross_encoder", scale=scale, template=options.template())
-    source = resolve_model(options.model)
+    source = encoder_of(options)
     build_start_folder(
         source, info, out, num_labels=1, num_layers=options.num_layers, dropout=options.dropout, seed=seed
     )
+
+
+def encoder_of(options: EncoderOptions) -> Path:
+    """The folder of the model that a student starts from. Raises `UserError` for one that is no encoder."""
+    source = resolve_model(options.model)
+    if is_causal(source):
+        raise UserError(f"student.model {options.model} is a causal language model; give an encoder, such as minilm")
+    return source
 
 
 class CrossReader:

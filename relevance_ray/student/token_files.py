@@ -67,18 +67,20 @@ class GroupFiles:
 
     Args:
         files: of `groups_bytes`.
-        max_groups: only the first so many.
+        max_pairs: only the first groups, of so many pairs together at most.
 
     Attributes:
         sizes: int64 [G], pairs of each group.
         num_tokens: int64 [G], tokens of each.
     """
 
-    def __init__(self, files: Sequence[Path], max_groups: int | None = None) -> None:
+    def __init__(self, files: Sequence[Path], max_pairs: int | None = None) -> None:
         self._parts = [read_groups(path) for path in files]
         self._starts = np.cumsum([0, *(len(part.offsets) - 1 for part in self._parts)])
-        self.sizes = _joined([part.sizes for part in self._parts])[:max_groups]
-        self.num_tokens = _joined([part.num_tokens for part in self._parts])[:max_groups]
+        sizes = _joined([part.sizes for part in self._parts])
+        num_groups = None if max_pairs is None else int(np.searchsorted(np.cumsum(sizes), max_pairs, side="right"))
+        self.sizes = sizes[:num_groups]
+        self.num_tokens = _joined([part.num_tokens for part in self._parts])[:num_groups]
 
     @property
     def num_classes(self) -> int:

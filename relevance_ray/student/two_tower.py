@@ -18,11 +18,10 @@ from torch.nn import functional
 from transformers import AutoModel
 
 from relevance_ray.engines.bi_encoder import LOGIT_SCALE
-from relevance_ray.engines.sequence import build_start_folder, is_causal
-from relevance_ray.errors import UserError
+from relevance_ray.engines.sequence import build_start_folder
 from relevance_ray.model_folder import ModelInfo, read_model_info, write_model_info
-from relevance_ray.models import resolve_model
 from relevance_ray.schema import LabelScale
+from relevance_ray.student.cross_encoder import encoder_of
 from relevance_ray.student.options import EncoderOptions
 from relevance_ray.student.packed import PairTokens, pack_texts
 from relevance_ray.student.reading import in_runs, usable_rows
@@ -41,9 +40,7 @@ def build_two_tower(options: EncoderOptions, scale: LabelScale, out: Path, seed:
     Raises:
         UserError: the model does not resolve, is no encoder, or has fewer layers than asked for.
     """
-    source = resolve_model(options.model)
-    if is_causal(source):
-        raise UserError(f"student.model {options.model} is a causal language model; give an encoder, such as minilm")
+    source = encoder_of(options)
     extra = {"logit_scale": LOGIT_SCALE, "bias": START_BIAS}
     info = ModelInfo(kind="bi_encoder", scale=scale, template=options.template(), extra=extra)
     build_start_folder(

@@ -27,6 +27,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from relevance_ray.errors import UserError
 from relevance_ray.training.fit import LOG_FILE, FitResult, OnProgress, read_result
 from relevance_ray.training.runners import Job, Runner, local_runner
+from relevance_ray.whole_files import write_bytes
 
 MAX_FAILURES = 2
 """Deaths of workers that a training survives."""
@@ -101,8 +102,7 @@ def _worker(config: dict[str, Any]) -> None:
         local_runner(config["jobs"])
     except UserError as error:
         # The same data fails on every worker, and again on a restart: tell the driver instead of retrying.
-        if ray.train.get_context().get_world_rank() == 0:
-            Path(config["error_file"]).write_text(json.dumps({"message": str(error)}), encoding="utf-8")
+        write_bytes(config["error_file"], json.dumps({"message": str(error)}).encode("utf-8"))
 
 
 @contextmanager

@@ -36,7 +36,7 @@ class StudentRequest:
         judged_file: judged groups: split dev chooses the weights and calibrates, split train is the baseline's data.
         out_dir: the model folder; it appears whole. One that is there already is left as it is.
         work_dir: checkpoints and log, on a file system that all workers see. A killed run continues from it.
-        max_groups: only the first so many groups, for a scaling curve.
+        max_pairs: only the first groups, of so many pairs together at most, for a scaling curve.
         label_smoothing: mass of a human grade that leaks to its neighbours, where classes are distilled.
         part: what it is of several, for the live line.
     """
@@ -47,7 +47,7 @@ class StudentRequest:
     judged_file: str
     out_dir: Path
     work_dir: Path
-    max_groups: int | None = None
+    max_pairs: int | None = None
     label_smoothing: float = 0.0
     part: str = ""
 
@@ -102,7 +102,7 @@ def student_job(
     folder = request.work_dir.absolute() / "tokens"
     tokens = ingest(how, sources, folder, run_ingest, on_ingest)
     human = ingest(how, [judged_file], folder) if options.human_share else []
-    spec = StudentTaskSpec(how.start, tokens, judged_file, options, human, request.max_groups)
+    spec = StudentTaskSpec(how.start, tokens, judged_file, options, human, request.max_pairs)
     return Job(spec, options.fit, request.work_dir / "fit", request.part)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from relevance_ray import losses
+from relevance_ray.errors import UserError
 from relevance_ray.student.collate import TrainingGroups, join_groups
 from relevance_ray.student.token_files import GroupFiles
 from relevance_ray.student.two_tower import TowerReader
@@ -33,7 +34,7 @@ class StudentTaskSpec:
         human_files: of `ingest`: groups of human judgments to mix in, by `options.human_share`.
         judged_file: judged groups, of which split dev is evaluated on.
         options: of the student.
-        max_groups: only the first so many groups of `token_files`.
+        max_pairs: only the first groups of `token_files`, of so many pairs at most.
     """
 
     start: str
@@ -41,7 +42,7 @@ class StudentTaskSpec:
     judged_file: str
     options: StudentOptions
     human_files: Sequence[str] = ()
-    max_groups: int | None = None
+    max_pairs: int | None = None
 
     def build(self, rank: int, world_size: int) -> StudentTask:
         return StudentTask(self)
@@ -52,7 +53,7 @@ class StudentTask(PairTask):
 
     def __init__(self, spec: StudentTaskSpec) -> None:
         self.options = options = spec.options
-        generated = GroupFiles([Path(file) for file in spec.token_files], spec.max_groups)
+        generated = GroupFiles([Path(file) for file in spec.token_files], spec.max_pairs)
         self.thresholds = OrdinalThresholds(generated.num_classes) if options.kl_weight else None
         super().__init__(spec.start, spec.judged_file)
         human = GroupFiles([Path(file) for file in spec.human_files])
@@ -61,7 +62,12 @@ class StudentTask(PairTask):
         num_human = 0
         if len(human.sizes):
             num_human = round(self.num_generated * options.human_share / (1 - options.human_share))
-        repeated = np.resize(np.arange(len(human.sizes)), num_human)
+        if options.kl_weight and len(human.sizes) and generated.num_classes != human.num_classes:
+            raise UserError(
+                f"the teacher's labels have {generated.num_classes} classes and the human ones {human.num_classes}, which "
+                "student.kl_weight cannot mix; set student.human_share to 0"
+            )
+        repeated = np.resize(np.random.default_rng(options.fit.seed).permutation(len(human.sizes)), num_human)
         self.examples = np.concatenate([np.arange(self.num_generated), repeated])
         self.costs = np.concatenate([generated.num_tokens, human.num_tokens[repeated]])
         self.num_pairs = np.concatenate([generated.sizes, human.sizes[repeated]])
