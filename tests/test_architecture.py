@@ -50,7 +50,7 @@ RAY_SHELLS = {
     "cli.py",
     "ray_session.py",
 }
-PYDANTIC_SHELLS = {"config.py", "serving/http.py"}
+PYDANTIC_SHELLS = {"config.py", "serving/http.py", "training/torchrun.py"}
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
 
