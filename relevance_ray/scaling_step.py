@@ -6,7 +6,7 @@ on, and a larger one adds to what is there. It changes nothing of a run: no step
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from relevance_ray.training_work import TrainingWork
 
 FOLDER = "scaling"
 _LEAST_PAIRS = 64
+"""Fewer teach nothing that could be measured."""
 
 
 def measure_scaling(
@@ -98,8 +99,7 @@ def _write(folder: str, report: Mapping[str, Any]) -> str:
 
 
 def _about(report: Mapping[str, Any]) -> str:
-    seeds: Sequence[Any] = range(report["seeds"])
     return (
         f"Mean nDCG over {report['queries']:,} held-out queries (split {report['split']}), of students taught by parts of "
-        f"the labels, {len(seeds)} of each size. Intervals: 95%, queries resampled, paired."
+        f"the labels, {report['seeds']} of each size. Intervals: 95%, queries resampled, paired."
     )

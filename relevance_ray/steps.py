@@ -137,6 +137,13 @@ class Chain:
             )
         if "embed" in steps and config.student.kind != "two_tower":
             raise UserError(f"student.kind {config.student.kind} has no vectors; set student.kind=two_tower")
+        if "train-student" in steps and config.student.kl_weight and config.student.human_share:
+            teacher = config.teacher
+            if self.at.trains_teacher and (teacher.kind != "classifier" or teacher.num_classes == "single"):
+                raise UserError(
+                    "student.kl_weight cannot mix human judgments, which have the classes of the scale, with labels of this "
+                    "teacher, which have two; set student.human_share to 0, or teacher.kind=classifier"
+                )
         files = {
             **{f"generate.{key}": path for key, path in config.generate.files.items()},
             "label.path": config.label.path,

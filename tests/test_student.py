@@ -145,6 +145,7 @@ def test_groups_of_files_are_those_that_were_written_across_files(
 
     assert texts(found) == texts(expected)
     assert GroupFiles(paths, max_pairs=19).sizes.tolist() == [4] * 4
+    assert GroupFiles(paths, max_pairs=3).sizes.tolist() == [4], "a large first group is not nothing"
 
 
 def test_judged_groups_become_log_odds_of_their_soft_target(reader: CrossReader) -> None:

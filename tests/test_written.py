@@ -171,10 +171,10 @@ def test_written_queries_are_checked_by_search_actors_where_there_are_any(tmp_pa
             engine="openai", openai=EndpointOptions(model="writer", base_url=endpoint.url), styles={"plain": 1}
         )
         for name, actors, per_shard in (("whole", 0, 1000), ("spread", 2, 300)):
-            options = llm_options(num_pairs=160, llm=writer, products_per_shard=per_shard)
+            options = llm_options(num_pairs=640, llm=writer, products_per_shard=per_shard)
             out = str(tmp_path / name)
-            # Two search actors and a pool of four writers at once are more than the four CPUs that are there.
-            generate(options, str(prepared), out, num_workers=2, search_actors=actors, writers=Workers(4))
+            # Two search actors beside two writers of two CPUs each are more than the four CPUs that are there.
+            generate(options, str(prepared), out, num_workers=2, search_actors=actors, writers=Workers(2, cpus=2))
             found.append(pa.concat_tables([pq.read_table(path) for path in CommitLog(out).files()]).to_pylist())
     assert found[0] == found[1]
 

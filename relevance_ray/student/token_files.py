@@ -67,7 +67,7 @@ class GroupFiles:
 
     Args:
         files: of `groups_bytes`.
-        max_pairs: only the first groups, of so many pairs together at most.
+        max_pairs: only the first groups, of so many pairs together at most, though never none.
 
     Attributes:
         sizes: int64 [G], pairs of each group.
@@ -78,7 +78,9 @@ class GroupFiles:
         self._parts = [read_groups(path) for path in files]
         self._starts = np.cumsum([0, *(len(part.offsets) - 1 for part in self._parts)])
         sizes = _joined([part.sizes for part in self._parts])
-        num_groups = None if max_pairs is None else int(np.searchsorted(np.cumsum(sizes), max_pairs, side="right"))
+        num_groups = None
+        if max_pairs is not None:
+            num_groups = max(1, int(np.searchsorted(np.cumsum(sizes), max_pairs, side="right")))
         self.sizes = sizes[:num_groups]
         self.num_tokens = _joined([part.num_tokens for part in self._parts])[:num_groups]
 

@@ -58,6 +58,9 @@ def train(arguments: argparse.Namespace) -> None:
     )
     if not files:
         raise UserError(f"--labels {arguments.labels} holds no labels; give the folder of a label step, or a pattern")
+    for option, path in (("--judged", arguments.judged), ("--scale", arguments.scale)):
+        if not os.path.isfile(path):
+            raise UserError(f"{option} {path} does not exist; name the file of that name in a prepare step's folder")
     scale = LabelScale.from_dict(json.loads(Path(arguments.scale).read_text(encoding="utf-8")))
     out = Path(arguments.out).absolute()
     options = student_options(arguments.set)
