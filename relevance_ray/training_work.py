@@ -67,34 +67,26 @@ class TrainingWork:
             )
 
     def train_student(self, folder: str) -> dict[str, Any]:
-        request = self._labels_of(self.config.student, folder, self.tools.work_folder("train-student", folder))
-        [summary] = self._train("train-student", {folder: request})
+        request = self._request("train-student", self.config.student, self._label_files(), folder)
+        [summary] = self._train("train-student", {folder: request}, folder)
         return summary
 
-    def _labels_of(
-        self, options: StudentOptions, folder: str, work: Path, max_pairs: int | None = None
-    ) -> StudentRequest:
-        """A student of the labels, or of the shards that hold the first of them."""
+    def _label_files(self, max_pairs: int | None = None) -> list[str]:
+        """The files of the labels, or those that hold the first of them."""
         log, names = CommitLog(self.at.folder("label")), self.at.labeled_shards()
-        records = log.committed()
         if max_pairs is not None:
+            records = log.committed()
             before = itertools.accumulate((records[name]["pairs"] for name in names), initial=0)
             names = [name for name, start in zip(names, before, strict=False) if start < max_pairs]
-        return self._request(options, [log.path(name) for name in names], folder, work, max_pairs)
+        return [log.path(name) for name in names]
 
     def _request(
-        self,
-        options: StudentOptions,
-        files: Sequence[str] | None,
-        folder: str,
-        work: Path,
-        max_pairs: int | None = None,
-        part: str = "",
+        self, name: str, options: StudentOptions, files: Sequence[str] | None, folder: str, **of_a_curve: Any
     ) -> StudentRequest:
         from relevance_ray.data.prepare import read_scale
         from relevance_ray.training.student import StudentRequest
 
-        prepared = self.tools.prepared()
+        prepared, work = self.tools.prepared(), self.tools.work_folder(name, folder)
         return StudentRequest(
             options,
             read_scale(prepared),
@@ -102,13 +94,12 @@ class TrainingWork:
             str(prepared / "judged_groups.parquet"),
             local_model(folder, work),
             work,
-            max_pairs,
-            self.config.data.label_smoothing,
-            part,
+            label_smoothing=self.config.data.label_smoothing,
+            **of_a_curve,
         )
 
-    def _train(self, name: str, requests: Mapping[str, StudentRequest]) -> list[dict[str, Any]]:
-        """Train students by one group of workers, each into a folder of its own."""
+    def _train(self, name: str, requests: Mapping[str, StudentRequest], tracked: str) -> list[dict[str, Any]]:
+        """Train students by one group of workers, each into a folder of its own; TensorBoard's events go to one."""
         from relevance_ray.training.ingest import in_turn
         from relevance_ray.training.ray_ingest import ray_ingest
         from relevance_ray.training.student import train_students
@@ -116,8 +107,8 @@ class TrainingWork:
         resources = self.config.resources
         num_files = max(len(request.train_files or ()) for request in requests.values())
         spread = ray_ingest(Workers(resources.train_workers, resources.cpus_per_train_worker))
-        folder, request = next(iter(requests.items()))
-        with self.tools.progress(name, None, "steps") as progress, _tracking(folder, request.work_dir) as track:
+        work = self.tools.work_folder(name, tracked)
+        with self.tools.progress(name, None, "steps") as progress, _tracking(tracked, work) as track:
             summaries = train_students(
                 list(requests.values()),
                 self._runner(name),
@@ -132,24 +123,27 @@ class TrainingWork:
     def students_of(self, num_pairs: Sequence[int], seeds: Sequence[int]) -> list[list[Path]]:
         """Model folders of the run's student taught by the first of its labels alone, for each number of pairs one a
         seed; kept under `scaling/`."""
+        inputs = [self.at.key("prepare"), self.at.key("label")]
+        shared = join(self.at.root, "scaling")
+        tokens = self.tools.work_folder("scaling", shared) / fingerprint(inputs, semantic(self.config.student))
         requests: dict[str, StudentRequest] = {}
         folders: list[list[str]] = []
         for size in num_pairs:
+            files = self._label_files(size)
             folders.append([])
             for seed in seeds:
                 options = replace(self.config.student, fit=replace(self.config.student.fit, seed=seed))
-                request = self._labels_of(options, "", Path(), size)
-                inputs = [self.at.key("prepare"), semantic(options), self.at.key("label"), request.train_files, size]
-                key = fingerprint("scaling", VERSIONS["train-student"], inputs)
-                folder = join(self.at.root, "scaling", f"student-{key}")
+                key = fingerprint("scaling", VERSIONS["train-student"], [*inputs, semantic(options), files, size])
+                folder = join(shared, f"student-{key}")
                 folders[-1].append(folder)
                 if not exists(join(folder, "step.json")):
-                    work = self.tools.work_folder("scaling", folder)
                     part = f"{size} pairs, seed {seed}"
-                    requests[folder] = self._request(options, request.train_files, folder, work, size, part)
+                    requests[folder] = self._request(
+                        "scaling", options, files, folder, max_pairs=size, part=part, tokens_dir=tokens
+                    )
         if requests:
             self.tools.say(f"scaling: training {len(requests)} students of {num_pairs[0]:,} to {num_pairs[-1]:,} pairs")
-            for folder, summary in zip(requests, self._train("scaling", requests), strict=True):
+            for folder, summary in zip(requests, self._train("scaling", requests, shared), strict=True):
                 write_json(join(folder, "step.json"), {"summary": summary})
         return [[localize(join(folder, "model")) for folder in found] for found in folders]
 
@@ -162,8 +156,8 @@ class TrainingWork:
         folder = join(self.at.root, "evaluate-baselines", f"human_only-{key}")
         if not exists(join(folder, "step.json")):
             self.tools.say(f"evaluate: training the same student on human labels alone ({folder})")
-            request = self._request(options, None, folder, self.tools.work_folder("human_only", folder))
-            [summary] = self._train("human-only student", {folder: request})
+            request = self._request("human_only", options, None, folder)
+            [summary] = self._train("human_only", {folder: request}, folder)
             write_json(join(folder, "step.json"), {"fingerprint": key, "summary": summary})
         return localize(join(folder, "model"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -110,6 +111,27 @@ def test_patience_ends_a_run_that_no_longer_gains_and_stays_ended(tmp_path: Path
     options = replace(OPTIONS, learning_rate=1e-9, epochs=10, eval_every=2, patience=3)
     result = train(spec, options, tmp_path / "work")
     assert (result.best_step, result.steps) == (2, 8)
+
+
+@pytest.mark.parametrize("kind", ["cross_encoder", "two_tower"])
+def test_bfloat16_follows_float32_closely_and_leaves_float32_weights(tmp_path: Path, kind: str) -> None:
+    spec = student_spec(tmp_path, kind=kind)
+    whole = train(spec, OPTIONS, tmp_path / "whole")
+    low = train(spec, replace(OPTIONS, precision="bfloat16"), tmp_path / "low")
+    assert losses_of(low) != losses_of(whole)
+    np.testing.assert_allclose(losses_of(low), losses_of(whole), rtol=0.1)
+    assert {weight.dtype for weight in weights_of(low).values()} == {torch.float32}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
+@pytest.mark.parametrize("kind", ["cross_encoder", "two_tower"])
+def test_a_compiled_run_takes_the_same_steps(tmp_path: Path, kind: str) -> None:
+    spec = student_spec(tmp_path, kind=kind)
+    plain = train(spec, OPTIONS, tmp_path / "plain")
+    compiled = train(spec, replace(OPTIONS, compiled=True), tmp_path / "compiled")
+    np.testing.assert_allclose(losses_of(compiled), losses_of(plain), rtol=1e-4)
+    assert weights_of(compiled).keys() == weights_of(plain).keys()
 
 
 def test_workers_get_nearly_equal_costs_and_every_example_once() -> None:
@@ -290,10 +312,47 @@ class TestRayTrain:
         for name, weight in weights.items():
             torch.testing.assert_close(weight, expected[name], atol=5e-3, rtol=0)
 
+    @pytest.mark.slow
+    @pytest.mark.parametrize("first", ["alone", "shared out"])
+    def test_a_run_goes_on_under_another_placement_and_number_of_workers(self, tmp_path: Path, first: str) -> None:
+        spec = student_spec(tmp_path)
+        undisturbed = train(spec, OPTIONS, tmp_path / "undisturbed")
+        cloudpickle.register_pickle_by_value(sys.modules[__name__])
+        stopped = StoppedSpec(spec, at_step=5)
+        runs = [(train, OPTIONS), (train_on_two, replace(OPTIONS, sharded=True))]
+        if first == "shared out":
+            runs.reverse()
+        with pytest.raises(UserError, match="stopped here"):
+            runs[0][0](stopped, runs[0][1], tmp_path / "work")
+        assert list((tmp_path / "work" / "checkpoints").glob("step-*"))
+        result = runs[1][0](spec, runs[1][1], tmp_path / "work")
+        np.testing.assert_allclose(losses_of(result), losses_of(undisturbed), rtol=1e-3)
+        np.testing.assert_allclose(result.predictions(), undisturbed.predictions(), atol=5e-3)
+
     def test_what_the_user_must_mend_reaches_the_driver_as_such(self, tmp_path: Path) -> None:
         options = replace(OPTIONS, learning_rate=1e30, warmup_ratio=0.0)
         with pytest.raises(UserError, match=r"lower fit\.learning_rate"):
             train_on_two(student_spec(tmp_path), options, tmp_path / "work")
+
+
+@dataclass(frozen=True)
+class StoppedSpec:
+    """A task that stops on every worker."""
+
+    spec: TaskSpec
+    at_step: int
+
+    def build(self, rank: int, world_size: int) -> Task:
+        task = self.spec.build(rank, world_size)
+        calls = [0]
+
+        def begin(examples: np.ndarray) -> None:
+            calls[0] += 1
+            if calls[0] == self.at_step:
+                raise UserError("stopped here")
+
+        task.begin = begin  # type: ignore[method-assign]
+        return task
 
 
 @dataclass(frozen=True)

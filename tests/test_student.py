@@ -51,7 +51,7 @@ def student_options(model: Path, **changes: object) -> StudentOptions:
 
 
 def encode(table: pa.Table, reader: Reader, max_group_products: int = 8) -> collate.TrainingGroups:
-    groups = collate.encode_groups(table, reader, SCALE, max_group_products, seed=0)
+    groups = collate.encode_groups(table, reader, SCALE, max_group_products)
     assert groups is not None
     return groups
 
@@ -124,7 +124,7 @@ def test_groups_of_files_are_those_that_were_written_across_files(
     tables = [labeled_groups(3), labeled_groups(4, seed=5)]
     paths = [tmp_path / "a.arrow", tmp_path / "b.arrow"]
     for table, path in zip(tables, paths, strict=True):
-        groups = collate.encode_groups(table, reader, SCALE, 8, 0, with_classes=True)
+        groups = collate.encode_groups(table, reader, SCALE, 8, with_classes=True)
         assert groups is not None
         path.write_bytes(groups_bytes(groups))
     together = encode(pa.concat_tables(tables), reader)
@@ -178,6 +178,23 @@ def test_tokens_are_made_once_and_files_without_a_usable_group_are_left_out(
     assert seen == [(1, 1)]
     with pytest.raises(UserError, match="no group with two labeled products"):
         ingest(how, sources[1:2], tmp_path / "tokens")
+
+
+def test_many_files_share_a_token_file_in_their_order(
+    encoder_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = student_options(encoder_folder, kl_weight=1.0)
+    build_cross_encoder(options, SCALE, tmp_path / "start", 0)
+    how = IngestSpec(str(tmp_path / "start"), options)
+    sources = [write(tmp_path / f"{n}.parquet", labeled_groups(n, seed=n)) for n in (3, 0, 2, 5, 1)]
+    alone = GroupFiles([Path(file) for file in ingest(how, sources, tmp_path / "alone")])
+    monkeypatch.setattr("relevance_ray.training.ingest.MAX_FILES", 3)
+    found = ingest(how, sources, tmp_path / "shared")
+    assert len(found) == 3
+    shared = GroupFiles([Path(file) for file in found])
+    assert shared.sizes.tolist() == alone.sizes.tolist()
+    everything = np.arange(len(alone.sizes))
+    assert groups_bytes(shared.take(everything)) == groups_bytes(alone.take(everything))
 
 
 def test_tokens_made_by_actors_are_those_made_in_turn(encoder_folder: Path, tmp_path: Path, ray_cluster: None) -> None:

@@ -135,7 +135,6 @@ def encode_groups(
     reader: Reader,
     scale: LabelScale,
     max_group_products: int,
-    seed: int,
     *,
     with_classes: bool = False,
     label_smoothing: float = 0.0,
@@ -149,8 +148,7 @@ def encode_groups(
         table: LABELED_GROUP or JUDGED_GROUP.
         reader: the student's.
         scale: of the human grades.
-        max_group_products: a larger group is cut, at random by `seed` and its place in the table, into parts of nearly
-            equal size.
+        max_group_products: a larger group is cut, at random by its place in the table, into parts of nearly equal size.
         with_classes: keep class logits, too; those of a judged pair are the log of its soft distribution.
         label_smoothing: of that distribution.
 
@@ -167,7 +165,7 @@ def encode_groups(
         groups: list[np.ndarray] = []
         for number, (first, last) in enumerate(itertools.pairwise(np.searchsorted(usable, flat.offsets)), start=start):
             if last - first >= 2:
-                groups += _cut(usable[first:last], max_group_products, [seed, number])
+                groups += _cut(usable[first:last], max_group_products, number)
         if not groups:
             continue
         rows = np.concatenate(groups)
@@ -241,7 +239,7 @@ def _class_logits(groups: pa.Table, flat: FlatGroups, scale: LabelScale, label_s
     return out
 
 
-def _cut(rows: np.ndarray, max_rows: int, seed: list[int]) -> list[np.ndarray]:
+def _cut(rows: np.ndarray, max_rows: int, seed: int) -> list[np.ndarray]:
     if len(rows) <= max_rows:
         return [rows]
     shuffled = np.random.default_rng(seed).permutation(rows)

@@ -48,6 +48,11 @@ def save_file(path: Path, value: object) -> None:
     os.replace(partial, path)
 
 
+def load_file(path: Path) -> dict[str, Any]:
+    """What `torch.save` wrote, on the CPU, mapped: all workers of a machine share one copy."""
+    return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+
+
 def save_checkpoint(
     folder: Path, weights: dict[str, torch.Tensor], optimizer: dict[str, Any], state: LoopState
 ) -> None:
@@ -72,8 +77,8 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
     if not found:
         return None
     return (
-        torch.load(found[-1] / "weights.pt", map_location="cpu", weights_only=True),
-        torch.load(found[-1] / "optimizer.pt", map_location="cpu", weights_only=True),
+        load_file(found[-1] / "weights.pt"),
+        load_file(found[-1] / "optimizer.pt"),
         LoopState(**json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))),
     )
 

@@ -172,11 +172,10 @@ class _Loop:
         self.eval_every = options.eval_every or self.steps_per_epoch
         self.checkpoints = work_dir / "checkpoints"
         self.state = LoopState()
-        weights = self.placed.weights()
         if (found := checkpoint.load_checkpoint(self.checkpoints)) is not None:
             weights, optimizer, self.state = found
             self.placed.load_optimizer_state(optimizer)
-        self.placed.load_weights(weights)  # also at the start: worker 0's count
+            self.placed.load_weights(weights)
 
     def run(self) -> None:
         self._open_log()
@@ -198,7 +197,7 @@ class _Loop:
 
     def finish(self, keep_model: bool) -> FitResult:
         """Put the best weights back, predict, and write model (if wanted), predictions and result, in this order."""
-        weights = torch.load(self._best_file(), map_location="cpu", weights_only=True)
+        weights = checkpoint.load_file(self._best_file())
         self.placed.load_weights(weights)
         self.model.eval()
         predictions = self.task.predict()

@@ -1,6 +1,7 @@
 """From labeled groups to token files: each file of labels is read and tokenised once, whatever the workers and epochs.
 
-Where training begins again it finds the files that are there. `ray_ingest.py` spreads the files over a cluster.
+Where training begins again it finds the files that are there. `ray_ingest.py` spreads the files over a cluster. A worker
+maps every token file, and Linux lets a process map some 65,000, so many files of labels share a token file.
 """
 
 from __future__ import annotations
@@ -8,18 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 from transformers import AutoTokenizer
 
 from relevance_ray.errors import UserError
 from relevance_ray.model_folder import ModelInfo, read_model_info
 from relevance_ray.storage import fingerprint
-from relevance_ray.student.collate import encode_groups, read_training_table
+from relevance_ray.student.collate import encode_groups, join_groups, read_training_table
 from relevance_ray.student.reading import Reader
 from relevance_ray.student.token_files import groups_bytes
 from relevance_ray.training.options import StudentOptions
 from relevance_ray.training.pair_task import reader_of
 from relevance_ray.whole_files import write_bytes
+
+MAX_FILES = 4096
+"""Of tokens; more files of groups than that share them."""
 
 
 @dataclass(frozen=True)
@@ -36,37 +41,46 @@ class IngestSpec:
     options: StudentOptions
     label_smoothing: float = 0.0
 
-    def open(self) -> Callable[[str, str], int]:
-        """A function from a file of labeled (or judged) groups and the file to write to the number of pairs in it."""
+    def open(self) -> Callable[[Sequence[str], str], int]:
+        """A function from files of labeled (or judged) groups and the file to write to the number of pairs in it."""
         info: ModelInfo = read_model_info(self.start)
         reader: Reader = reader_of(info, AutoTokenizer.from_pretrained(self.start))
 
-        def work(source: str, target: str) -> int:
-            groups = encode_groups(
-                read_training_table(source),
-                reader,
-                info.scale,
-                self.options.max_group_products,
-                self.options.fit.seed,
-                with_classes=self.options.kl_weight > 0,
-                label_smoothing=self.label_smoothing,
-            )
-            write_bytes(target, b"" if groups is None else groups_bytes(groups))
-            return 0 if groups is None else len(groups.target)
+        def work(sources: Sequence[str], target: str) -> int:
+            found = [
+                encode_groups(
+                    read_training_table(source),
+                    reader,
+                    info.scale,
+                    self.options.max_group_products,
+                    with_classes=self.options.kl_weight > 0,
+                    label_smoothing=self.label_smoothing,
+                )
+                for source in sources
+            ]
+            parts = [part for part in found if part is not None]
+            write_bytes(target, groups_bytes(join_groups(parts)) if parts else b"")
+            return sum(len(part.target) for part in parts)
 
         return work
 
 
-Item = dict[str, str]
+class Item(TypedDict):
+    """One token file to make, of some files of groups."""
+
+    sources: list[str]
+    target: str
+
+
 RunItems = Callable[[IngestSpec, Sequence[Item]], Iterator[int]]
-"""Does items of `source` and `target`, and gives the pairs of each, in any order."""
+"""Does items, and gives the pairs of each, in any order."""
 
 
 def in_turn(spec: IngestSpec, items: Sequence[Item]) -> Iterator[int]:
     """One after another, in this process."""
     work = spec.open()
     for item in items:
-        yield work(item["source"], item["target"])
+        yield work(item["sources"], item["target"])
 
 
 def ingest(
@@ -80,16 +94,18 @@ def ingest(
 
     Args:
         sources: Parquet files of labeled groups, or of judged ones, of which split train is used.
-        folder: keeps the token files, on a file system that all workers see.
+        folder: keeps the token files, on a file system that all workers see; of this spec and no other.
         run: does those that are missing.
         on_file: told how many files are done, and of how many.
 
     Raises:
         UserError: no group of two usable pairs in any of them.
     """
-    items = [
-        {"source": source, "target": str(folder / f"{Path(source).stem}-{fingerprint(source)[:8]}.arrow")}
-        for source in sources
+    each = max(1, -(-len(sources) // MAX_FILES))
+    shares = [list(sources[start : start + each]) for start in range(0, len(sources), each)]
+    items: list[Item] = [
+        {"sources": share, "target": str(folder / f"{Path(share[0]).stem}-{fingerprint(share)[:8]}.arrow")}
+        for share in shares
     ]
     missing = [item for item in items if not Path(item["target"]).exists()]
     for count, _ in enumerate(run(spec, missing) if missing else (), start=1):

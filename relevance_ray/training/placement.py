@@ -2,12 +2,13 @@
 
 A copy on each: gradients lie in one flat buffer, summed over workers at once after the backward pass. Shared out (FSDP):
 each worker holds a part of every layer and of its optimizer, for models that none can hold whole; layers are gathered as
-they are needed, and gradients summed as they come. Both keep whole weights and optimizer states, so a run may go on
-under the other, and on another number of workers.
+they are needed, and gradients summed as they come. Both keep whole weights and optimizer states, on worker 0 alone, so a
+run may go on under the other, and on another number of workers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -44,14 +45,16 @@ class Placement(Protocol):
         """Sum the gradients over workers and clip them; their norm before."""
 
     def weights(self) -> Weights:
-        """The trained weights, whole, on the CPU."""
+        """The trained weights, whole, on worker 0's CPU; nothing on the others."""
 
-    def load_weights(self, weights: Weights) -> None: ...
+    def load_weights(self, weights: Weights) -> None:
+        """Put whole weights back, the same on every worker."""
 
     def optimizer_state(self) -> dict[str, Any]:
-        """The optimizer's state, whole, on worker 0."""
+        """The optimizer's state, whole, on worker 0's CPU; nothing on the others."""
 
-    def load_optimizer_state(self, state: dict[str, Any]) -> None: ...
+    def load_optimizer_state(self, state: dict[str, Any]) -> None:
+        """Put a whole state back, the same on every worker."""
 
 
 class Replicated:
@@ -59,6 +62,7 @@ class Replicated:
 
     def __init__(self, model: nn.Module, device: torch.device, options: FitOptions) -> None:
         self.model = model.to(device)
+        _share_initial_weights(self.model, device)
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._gradient = _flat_gradient(self._parameters)
         self.optimizer = _adamw(self._parameters, options, fused=True)
@@ -76,24 +80,27 @@ class Replicated:
         return norm
 
     def weights(self) -> Weights:
-        return trained_weights(self.model)
+        return _on_worker_0(_trained(self.model))
 
     def load_weights(self, weights: Weights) -> None:
         load_trained_weights(self.model, weights)
-        for parameter in self._parameters:
-            distributed.broadcast(parameter.data)
 
     def optimizer_state(self) -> dict[str, Any]:
-        return self.optimizer.state_dict()
+        return self.optimizer.state_dict() if distributed.rank() == 0 else {}
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state)
+        # Copies, since a checkpoint's tensors are mapped files, which are deleted one day.
+        copies = {
+            index: {key: value.clone() for key, value in values.items()} for index, values in state["state"].items()
+        }
+        self.optimizer.load_state_dict({**state, "state": copies})
 
 
 class Sharded:
     """Shared out over all workers, layer by layer."""
 
     def __init__(self, model: nn.Module, device: torch.device, options: FitOptions) -> None:
+        _share_initial_weights(model, device)
         mesh = init_device_mesh(device.type, (distributed.world_size(),))
         for layer in _layers(model):
             fully_shard(layer, mesh=mesh)
@@ -116,7 +123,7 @@ class Sharded:
         return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
     def weights(self) -> Weights:
-        return trained_weights(self.model)
+        return _on_worker_0(_trained(self.model))
 
     def load_weights(self, weights: Weights) -> None:
         with torch.no_grad():
@@ -126,15 +133,16 @@ class Sharded:
 
     def optimizer_state(self) -> dict[str, Any]:
         state = self.optimizer.state_dict()
-        whole = {
-            index: {key: _whole(value) for key, value in values.items()} for index, values in state["state"].items()
-        }
-        return {**state, "state": whole}
+        whole = {index: _on_worker_0(values) for index, values in state["state"].items()}
+        return {**state, "state": whole} if distributed.rank() == 0 else {}
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         shares = {
-            index: {key: _share_of(parameters[index], value) if value.ndim else value for key, value in values.items()}
+            index: {
+                key: _share_of(parameters[index], value) if value.ndim else value.clone()
+                for key, value in values.items()
+            }
             for index, values in state["state"].items()
         }
         self.optimizer.load_state_dict({**state, "state": shares})
@@ -146,23 +154,36 @@ def place(model: nn.Module, device: torch.device, options: FitOptions) -> Placem
     return kind(model, device, options)
 
 
-def trained_weights(model: nn.Module) -> Weights:
-    """The weights that training changes, whole, on the CPU. Collective where the model is shared out."""
-    return {name: _whole(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
-
-
 def load_trained_weights(model: nn.Module, weights: Weights) -> None:
-    """Put `trained_weights` into a model that is not shared out, in place."""
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    """Put `Placement.weights` into a model that is not shared out, in place."""
+    parameters = _trained(model)
     assert parameters.keys() == weights.keys(), sorted(parameters.keys() ^ weights.keys())[:5]
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
 
 
-def _whole(value: Any) -> Any:
-    """All of a tensor, on the CPU. Collective where it is shared out."""
-    return (value.full_tensor() if isinstance(value, DTensor) else value).cpu().clone()
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _share_initial_weights(model: nn.Module, device: torch.device) -> None:
+    """Worker 0's weights on all workers, one tensor at a time. Collective."""
+    for parameter in _trained(model).values():
+        parameter.data.copy_(distributed.broadcast(parameter.data.to(device)))
+
+
+def _on_worker_0(tensors: Mapping[str, torch.Tensor]) -> Weights:
+    """Whole tensors on worker 0's CPU, gathered one at a time; nothing on the others. Collective where they are shared
+    out."""
+    kept: Weights = {}
+    for name, tensor in tensors.items():
+        whole = tensor.detach()
+        if isinstance(whole, DTensor):
+            whole = whole.full_tensor()
+        if distributed.rank() == 0:
+            kept[name] = whole.cpu().clone()
+    return kept
 
 
 def _share_of(parameter: Any, value: torch.Tensor) -> torch.Tensor:

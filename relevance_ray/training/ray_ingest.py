@@ -19,5 +19,5 @@ def ray_ingest(workers: Workers) -> RunItems:
     return run
 
 
-def _open(spec: IngestSpec) -> Callable[[str, str], int]:
+def _open(spec: IngestSpec) -> Callable[[Sequence[str], str], int]:
     return spec.open()

@@ -39,6 +39,8 @@ class StudentRequest:
         max_pairs: only the first groups, of so many pairs together at most, for a scaling curve.
         label_smoothing: mass of a human grade that leaks to its neighbours, where classes are distilled.
         part: what it is of several, for the live line.
+        tokens_dir: keeps token files while students train that differ in seed and `max_pairs` alone; in `work_dir` where
+            it is None.
     """
 
     options: StudentOptions
@@ -50,6 +52,11 @@ class StudentRequest:
     max_pairs: int | None = None
     label_smoothing: float = 0.0
     part: str = ""
+    tokens_dir: Path | None = None
+
+    @property
+    def token_folder(self) -> Path:
+        return (self.tokens_dir or self.work_dir / "tokens").absolute()
 
 
 def train_students(
@@ -78,6 +85,9 @@ def train_students(
     jobs = [student_job(request, run_ingest, on_ingest) for request in missing]
     for request, result in zip(missing, runner(jobs, on_progress) if jobs else (), strict=True):
         finish_student(request, result)
+    for folder in {request.token_folder for request in requests}:
+        if folder.exists():
+            shutil.rmtree(folder)
     summaries = [finished_summary(request.out_dir) for request in requests]
     return [summary for summary in summaries if summary is not None]
 
@@ -99,9 +109,8 @@ def student_job(
     build(options, request.scale, start, options.fit.seed)
     how = IngestSpec(str(start), options, request.label_smoothing)
     sources = [judged_file] if request.train_files is None else list(request.train_files)
-    folder = request.work_dir.absolute() / "tokens"
-    tokens = ingest(how, sources, folder, run_ingest, on_ingest)
-    human = ingest(how, [judged_file], folder) if options.human_share else []
+    tokens = ingest(how, sources, request.token_folder, run_ingest, on_ingest)
+    human = ingest(how, [judged_file], request.token_folder) if options.human_share else []
     spec = StudentTaskSpec(how.start, tokens, judged_file, options, human, request.max_pairs)
     return Job(spec, options.fit, request.work_dir / "fit", request.part)
 
@@ -110,6 +119,5 @@ def finish_student(request: StudentRequest, result: FitResult) -> None:
     """Calibrate what workers left, and put the model folder in place."""
     logits = logit_of_classes(result.predictions(), SINGLE_LOGIT_GAINS)
     calibration = calibrate(logits, request.judged_file, request.scale)
-    shutil.rmtree(request.work_dir / "tokens")
     labels = "human judgments" if request.train_files is None else "teacher"
     publish_fit(result, request.work_dir / "start", request.out_dir, calibration, labels)

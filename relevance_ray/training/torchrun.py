@@ -13,6 +13,7 @@ import dataclasses
 import glob
 import json
 import os
+import shutil
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -81,6 +82,7 @@ def train(arguments: argparse.Namespace) -> None:
     [result] = local_runner(jobs, lambda record: print(json.dumps(record), flush=True))
     if distributed.rank() == 0:
         finish_student(request, result)
+        shutil.rmtree(request.token_folder)
     distributed.barrier()
 
 
