@@ -55,7 +55,7 @@ class ResourceOptions:
     write_actors: int = option(1, "Actors with a language model that write queries (source llm)", operational=True)
     cpus_per_write_actor: int = option(2, "CPUs of one of these", operational=True)
     gpus_per_write_actor: float = option(0, "GPUs of one of these", operational=True)
-    label_actors: int = option(1, "Engine actors that label shards", operational=True)
+    label_actors: int = option(1, "Engine actors that label shards, or embed the catalog", operational=True)
     cpus_per_label_actor: int = option(2, "CPUs of one engine actor", operational=True)
     gpus_per_label_actor: float = option(0, "GPUs of one engine actor", operational=True)
     train_workers: int = option(2, "Data-parallel training workers", operational=True)

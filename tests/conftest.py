@@ -25,6 +25,14 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A transformer of one random layer."""
+    from tiny_training import build_tiny_encoder
+
+    return build_tiny_encoder(tmp_path_factory.mktemp("models") / "encoder", num_layers=1)
+
+
+@pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """One local Ray for all tests: 4 logical CPUs, so that a pool of actors never starves the stage that feeds it."""
     import ray

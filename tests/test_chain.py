@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from tiny_training import COLORS, THINGS, agreement, build_tiny_encoder
+from tiny_chain import cli, heed_interrupts, values
+from tiny_training import COLORS, THINGS, agreement
 
 from relevance_ray import storage
 from relevance_ray.config import build_config
@@ -25,53 +26,14 @@ from relevance_ray.data.market_queries import judgments, queries
 from relevance_ray.data.market_truth import MARKET_SCALE
 from relevance_ray.errors import UserError
 from relevance_ray.planning import plan_labeling
-from relevance_ray.step_folders import STEPS, StepFolders
+from relevance_ray.step_folders import STEPS
 from relevance_ray.steps import Chain
 from relevance_ray.storage import CommitLog
-
-
-@pytest.fixture(scope="session")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_encoder(tmp_path_factory.mktemp("models") / "encoder", num_layers=1)
-
-
-def values(root: Path, encoder: Path, **generate: Any) -> dict[str, Any]:
-    """A run on a market of 300 products with models of one random layer: everything real but the size."""
-    model = {"model": str(encoder), "max_tokens": 32}
-    return {
-        "data": {"market_size": 300},
-        "storage": {"root": str(root)},
-        "teacher": {**model, "fit": {"epochs": 1, "batch_size": 256}},
-        "generate": {
-            "num_pairs": 800,
-            "groups_per_shard": 25,
-            "quotas": {"bm25": 4, "category": 2, "random": 2},
-            **generate,
-        },
-        "student": model,
-        "evaluate": {
-            "baselines": ["bm25", "random"],
-            "num_resamples": 50,
-            "human_fit": {"epochs": 1, "batch_size": 64},
-        },
-        "resources": {"train_workers": 1, "cpus_per_label_actor": 1},
-    }
 
 
 def stored(folder: str) -> float:
     """Gigabytes of a step's data."""
     return sum(path.stat().st_size for path in (Path(folder) / "data").iterdir()) / 1e9
-
-
-def heed_interrupts() -> None:
-    """A job in the background, as tests may be, ignores SIGINT and hands that on; someone at a terminal does not."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def cli(*arguments: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "relevance_ray.cli", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False, **kwargs)
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -232,30 +194,6 @@ def test_ctrl_c_while_labeling_loses_nothing_that_was_committed(tmp_path: Path, 
     assert sum(record["pairs"] for record in after.values()) == 4000
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ("student.model=nosuch", "model 'nosuch' is unknown; give a short name (minilm, smollm2-135m, mpnet)"),
-        ("studnet.model=minilm", "--set studnet is not a section; did you mean student"),
-        ("data={format: esci, path: /nosuch}", "/nosuch"),
-        ("generate.num_pairs=100000000", "num_pairs"),
-    ],
-)
-def test_what_cannot_work_is_one_sentence_exit_2_and_nothing_half_written(
-    tmp_path: Path, encoder: Path, change: str, message: str
-) -> None:
-    config = tmp_path / "run.yaml"
-    config.write_text(yaml.safe_dump(values(tmp_path / "root", encoder)))
-    done = cli("generate" if "num_pairs" in change else "run", str(config), "--set", change)
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    error = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(error) == 1
-    assert message in error[0]
-    assert not list((tmp_path / "root").glob("*/data/*"))
-    assert not list((tmp_path / "root").glob("prepare-*/judgments.parquet")) or "num_pairs" in change
-
-
 def test_pairs_and_labels_of_ones_own_replace_generation_and_teacher(tmp_path: Path, encoder: Path) -> None:
     """The README's way into the chain; one pair without a label is one failed row, and exit code 3 says so."""
     shop = tmp_path / "shop"
@@ -319,39 +257,6 @@ def test_a_chain_lives_on_s3(s3_server: None, tmp_path: Path, encoder: Path, mon
     assert again.stdout.count("done already, skipped") == len(STEPS)
 
 
-def test_more_actors_than_the_machine_can_hold_are_refused_instead_of_waited_for(tmp_path: Path, encoder: Path) -> None:
-    config = tmp_path / "run.yaml"
-    config.write_text(yaml.safe_dump(values(tmp_path / "root", encoder)))
-    done = cli("train-teacher", str(config), "--set", "resources.train_workers=64")
-    assert done.returncode == 2, done.stderr
-    assert "resources.train_workers asks for 64 at 1 CPUs each" in done.stderr
-
-
-def test_a_dry_run_says_what_would_be_done_and_does_nothing(tmp_path: Path, encoder: Path) -> None:
-    config = tmp_path / "run.yaml"
-    config.write_text(yaml.safe_dump(values(tmp_path / "root", encoder)))
-    shown = cli("run", str(config), "--dry-run")
-    assert shown.returncode == 0
-    assert [line.split()[:2] for line in shown.stdout.splitlines()] == [[step, "run"] for step in STEPS]
-    folders = StepFolders(build_config(values(tmp_path / "root", encoder)))
-    assert [(step, state) for step, state, _ in folders.plan()] == [(step, "run") for step in STEPS]
-    assert [step for step, _, _ in folders.plan("generate")] == ["prepare", "generate"]
-    assert not (tmp_path / "root").exists()
-
-
-def test_without_a_teacher_to_train_there_is_no_such_step(tmp_path: Path, encoder: Path) -> None:
-    config = {**values(tmp_path, encoder), "label": {"engine": "oracle"}}
-    assert "train-teacher" not in StepFolders(build_config(config)).steps
-
-
-def test_a_root_among_the_data_is_refused(tmp_path: Path, encoder: Path) -> None:
-    data = {"format": "esci", "path": str(tmp_path)}
-    config = build_config({**values(tmp_path / "root", encoder), "data": data})
-    with pytest.raises(UserError, match=r"storage\.root .* lies within data\.path"):
-        Chain(config).run()
-    assert not (tmp_path / "root").exists()
-
-
 def test_what_failed_is_told_by_status_and_retried_alone(
     tmp_path: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -393,30 +298,3 @@ def test_what_failed_is_told_by_status_and_retried_alone(
     assert not failed.exists()
     assert len(chain.at.labeled_shards()) == len(others) + 1
     assert cli("label", str(config)).returncode == 0
-
-
-def test_status_of_what_was_never_run_is_refused(tmp_path: Path) -> None:
-    for command in ("status", "retry-failed"):
-        done = cli(command, str(tmp_path))
-        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-        assert "nothing was run there" in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("override", "said"),
-    [
-        ("student.num_layers=99", "num_layers is 99"),
-        ("student.model=minilmm", "model 'minilmm' is unknown"),
-        ("label={engine: file, path: nope.csv}", "label.path nope.csv does not exist"),
-        ("generate={source: file, pairs_file: nope.csv}", "generate.pairs_file nope.csv does not exist"),
-    ],
-)
-def test_what_can_be_known_to_fail_is_refused_before_anything_is_run(
-    tmp_path: Path, encoder: Path, override: str, said: str
-) -> None:
-    config = build_config(values(tmp_path / "root", encoder), [override])
-    with pytest.raises(UserError, match=said):
-        Chain(config).preflight()
-    with pytest.raises(UserError, match=said):
-        Chain(config).run()
-    assert not (tmp_path / "root").exists()

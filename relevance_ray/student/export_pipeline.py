@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from relevance_ray.actor_pool import ItemActor, Workers, run_pool
+from relevance_ray.data.prepare import product_files
 from relevance_ray.progress import Progress
 from relevance_ray.storage import CommitLog, localize
 from relevance_ray.student.export import check_two_tower, open_export, parts_of, shard_name
@@ -34,9 +37,11 @@ def export_vectors(
     log.sweep()
     there = log.committed()
     parts = parts_of(localize(prepared))
+    num_products = sum(pq.ParquetFile(path).metadata.num_rows for path in product_files(localize(prepared)))
     missing = [part for part in parts if shard_name(**part) not in there]
     progress = progress or Progress("embed", unit="products")
     progress.restart(sum(record["rows"] for record in there.values()))
+    progress.update(total=num_products)
     if missing:
         pool = Workers(min(workers.count, len(missing)), workers.cpus, workers.gpus)
         arguments = (open_export, model, prepared, out_dir, key)

@@ -1,0 +1,98 @@
+"""What the chain refuses, before anything is run where that can be known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny_chain import cli, values
+
+from relevance_ray.config import build_config
+from relevance_ray.errors import UserError
+from relevance_ray.step_folders import STEPS, StepFolders
+from relevance_ray.steps import Chain
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("student.model=nosuch", "model 'nosuch' is unknown; give a short name (minilm, smollm2-135m, mpnet)"),
+        ("studnet.model=minilm", "--set studnet is not a section; did you mean student"),
+        ("data={format: esci, path: /nosuch}", "/nosuch"),
+        ("generate.num_pairs=100000000", "num_pairs"),
+    ],
+)
+def test_what_cannot_work_is_one_sentence_exit_2_and_nothing_half_written(
+    tmp_path: Path, encoder: Path, change: str, message: str
+) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(values(tmp_path / "root", encoder)))
+    done = cli("generate" if "num_pairs" in change else "run", str(config), "--set", change)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    error = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1
+    assert message in error[0]
+    assert not list((tmp_path / "root").glob("*/data/*"))
+    assert not list((tmp_path / "root").glob("prepare-*/judgments.parquet")) or "num_pairs" in change
+
+
+def test_more_actors_than_the_machine_can_hold_are_refused_instead_of_waited_for(tmp_path: Path, encoder: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(values(tmp_path / "root", encoder)))
+    done = cli("train-teacher", str(config), "--set", "resources.train_workers=64")
+    assert done.returncode == 2, done.stderr
+    assert "resources.train_workers asks for 64 at 1 CPUs each" in done.stderr
+
+
+def test_a_dry_run_says_what_would_be_done_and_does_nothing(tmp_path: Path, encoder: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(values(tmp_path / "root", encoder)))
+    shown = cli("run", str(config), "--dry-run")
+    assert shown.returncode == 0
+    assert [line.split()[:2] for line in shown.stdout.splitlines()] == [[step, "run"] for step in STEPS]
+    folders = StepFolders(build_config(values(tmp_path / "root", encoder)))
+    assert [(step, state) for step, state, _ in folders.plan()] == [(step, "run") for step in STEPS]
+    assert [step for step, _, _ in folders.plan("generate")] == ["prepare", "generate"]
+    assert not (tmp_path / "root").exists()
+
+
+def test_without_a_teacher_to_train_there_is_no_such_step(tmp_path: Path, encoder: Path) -> None:
+    config = {**values(tmp_path, encoder), "label": {"engine": "oracle"}}
+    assert "train-teacher" not in StepFolders(build_config(config)).steps
+
+
+def test_a_root_among_the_data_is_refused(tmp_path: Path, encoder: Path) -> None:
+    data = {"format": "esci", "path": str(tmp_path)}
+    config = build_config({**values(tmp_path / "root", encoder), "data": data})
+    with pytest.raises(UserError, match=r"storage\.root .* lies within data\.path"):
+        Chain(config).run()
+    assert not (tmp_path / "root").exists()
+
+
+def test_status_of_what_was_never_run_is_refused(tmp_path: Path) -> None:
+    for command in ("status", "retry-failed"):
+        done = cli(command, str(tmp_path))
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert "nothing was run there" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("student.num_layers=99", "num_layers is 99"),
+        ("student.model=minilmm", "model 'minilmm' is unknown"),
+        ("label={engine: file, path: nope.csv}", "label.path nope.csv does not exist"),
+        ("generate={source: file, pairs_file: nope.csv}", "generate.pairs_file nope.csv does not exist"),
+    ],
+)
+def test_what_can_be_known_to_fail_is_refused_before_anything_is_run(
+    tmp_path: Path, encoder: Path, override: str, said: str
+) -> None:
+    config = build_config(values(tmp_path / "root", encoder), [override])
+    with pytest.raises(UserError, match=said):
+        Chain(config).preflight()
+    with pytest.raises(UserError, match=said):
+        Chain(config).run()
+    assert not (tmp_path / "root").exists()
