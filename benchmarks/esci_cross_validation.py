@@ -29,6 +29,9 @@ import pyarrow.compute as pc
 import torch
 
 from relevance_ray import storage
+from relevance_ray.chain.folders import VERSIONS, StepFolders
+from relevance_ray.chain.tools import StepTools
+from relevance_ray.chain.trainings import TrainingWork
 from relevance_ray.config import Config, load_config
 from relevance_ray.data.prepare import read_judged, read_scale
 from relevance_ray.evaluation.compare import (
@@ -45,10 +48,7 @@ from relevance_ray.model_folder import read_model_info
 from relevance_ray.options import semantic
 from relevance_ray.quiet import quiet_libraries
 from relevance_ray.schema import LabelScale
-from relevance_ray.step_folders import VERSIONS, StepFolders
-from relevance_ray.step_tools import StepTools
 from relevance_ray.steps import Chain
-from relevance_ray.training_work import TrainingWork
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINED = ("student", "teacher", "human_only")

@@ -120,8 +120,8 @@ def plan(
     """What labeling will take, before it is spent: pairs, tokens, hours, storage, cost."""
     import json
 
-    from relevance_ray.plan_text import describe, describe_last, last_run
-    from relevance_ray.planning import plan_labeling
+    from relevance_ray.chain.plan_text import describe, describe_last, last_run
+    from relevance_ray.chain.planning import plan_labeling
 
     loaded = _load(config, set_)
     found = plan_labeling(loaded, pairs_per_second, gpu_hour_price)
@@ -135,7 +135,7 @@ def plan(
 @app.command()
 def diversity(config: ConfigPath, set_: Overrides = None) -> None:
     """How diverse the generated pairs are, and where they drift from the query log. Runs the steps it needs first."""
-    from relevance_ray.diversity_step import report_diversity
+    from relevance_ray.chain.diversity import report_diversity
     from relevance_ray.generate.diversity.report import warning_lines
     from relevance_ray.progress import Progress
     from relevance_ray.steps import Chain
@@ -153,7 +153,7 @@ def _chain_at(root: str) -> Chain:
     """The chain that was last run at a root, in the folder that its paths are meant in."""
     import os
 
-    from relevance_ray.run_state import config_of
+    from relevance_ray.chain.run_state import config_of
     from relevance_ray.steps import Chain
 
     config, directory = config_of(root)
@@ -187,7 +187,7 @@ def retry_failed(root: Root) -> None:
 @app.command()
 def status(root: Root) -> None:
     """How far a run is, from outside."""
-    from relevance_ray.run_state import describe
+    from relevance_ray.chain.run_state import describe
 
     for line in describe(root):
         typer.echo(line)

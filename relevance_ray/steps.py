@@ -1,6 +1,6 @@
 """The chain of steps, in which order, and what it leaves.
 
-The folder of a step, and whether it is done, is `step_folders`' business; what a step does there is `step_work`'s. Here a
+The folder of a step, and whether it is done, is `chain.folders`' business; what a step does there is `chain.work`'s. Here a
 step that is not done is run, under a lease on the root.
 """
 
@@ -12,16 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from relevance_ray.chain.folders import NEEDS_JUDGMENTS, StepFolders
+from relevance_ray.chain.run_state import begin_run, begin_step
+from relevance_ray.chain.tools import Say, StepTools
+from relevance_ray.chain.work import StepWork
 from relevance_ray.config import Config
 from relevance_ray.engines.registry import check_engine, check_generator
 from relevance_ray.errors import UserError
 from relevance_ray.lease import Lease
 from relevance_ray.models import check_layers, resolve_model
 from relevance_ray.ray_session import check_resources
-from relevance_ray.run_state import begin_run, begin_step
-from relevance_ray.step_folders import NEEDS_JUDGMENTS, StepFolders
-from relevance_ray.step_tools import Say, StepTools
-from relevance_ray.step_work import StepWork
 from relevance_ray.storage import (
     check_reachable,
     exists,
@@ -99,8 +99,8 @@ class Chain:
         return outcome
 
     def measure_scaling(self, seeds: int = 1, num_sizes: int = 5) -> tuple[dict[str, Any], str]:
-        """The scaling curve of the labels that are there (`scaling_step.measure_scaling`)."""
-        from relevance_ray.scaling_step import measure_scaling
+        """The scaling curve of the labels that are there (`chain.scaling.measure_scaling`)."""
+        from relevance_ray.chain.scaling import measure_scaling
 
         if not self.at.is_done("prepare") or not self.at.is_done("generate") or not self.at.is_done("label"):
             raise UserError(f"labeling at {self.at.root} is not finished yet; run the configuration first")

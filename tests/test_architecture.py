@@ -26,15 +26,7 @@ PARTS = [
 LEVEL = {name: level for level, part in enumerate(PARTS) for name in ((part,) if isinstance(part, str) else part)}
 TOP = {
     "config",
-    "planning",
-    "plan_text",
-    "diversity_step",
-    "scaling_step",
-    "run_state",
-    "step_folders",
-    "step_work",
-    "step_tools",
-    "training_work",
+    "chain",
     "steps",
     "cli",
     "demo",

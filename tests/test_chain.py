@@ -20,13 +20,13 @@ from tiny_chain import cli, heed_interrupts, values
 from tiny_training import COLORS, THINGS, agreement
 
 from relevance_ray import storage
+from relevance_ray.chain.folders import STEPS
+from relevance_ray.chain.planning import plan_labeling
 from relevance_ray.config import build_config
 from relevance_ray.data.market import products
 from relevance_ray.data.market_queries import judgments, queries
 from relevance_ray.data.market_truth import MARKET_SCALE
 from relevance_ray.errors import UserError
-from relevance_ray.planning import plan_labeling
-from relevance_ray.step_folders import STEPS
 from relevance_ray.steps import Chain
 from relevance_ray.storage import CommitLog
 
@@ -286,7 +286,7 @@ def test_what_failed_is_told_by_status_and_retried_alone(
 
     with monkeypatch.context() as patch:
         patch.setattr("relevance_ray.labeling.pipeline.label", die)
-        patch.setattr("relevance_ray.step_tools.StepTools.ray", lambda *_, **__: None)
+        patch.setattr("relevance_ray.chain.tools.StepTools.ray", lambda *_, **__: None)
         with pytest.raises(KeyboardInterrupt):
             chain.retry_failed()
     refused = cli("retry-failed", str(root))

@@ -8,9 +8,9 @@ import pytest
 import yaml
 from tiny_chain import cli, values
 
+from relevance_ray.chain.folders import STEPS, StepFolders
 from relevance_ray.config import build_config
 from relevance_ray.errors import UserError
-from relevance_ray.step_folders import STEPS, StepFolders
 from relevance_ray.steps import Chain
 
 

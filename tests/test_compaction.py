@@ -16,13 +16,13 @@ import pytest
 from test_labeling import LengthEngine, make_groups
 
 from relevance_ray import whole_files
+from relevance_ray.chain.run_state import describe
 from relevance_ray.config import build_config
 from relevance_ray.errors import UserError
 from relevance_ray.labeling import compaction
 from relevance_ray.labeling.compact_pipeline import in_ray_tasks
 from relevance_ray.labeling.compaction import compact, compacted_files, count_file, plan_parts
 from relevance_ray.labeling.shard import count_errors, label_groups
-from relevance_ray.run_state import describe
 from relevance_ray.schema import LABELED_GROUP
 from relevance_ray.steps import Chain
 from relevance_ray.storage import CommitLog, file_sizes, join, listdir, read_bytes, read_table, write_bytes

@@ -14,9 +14,9 @@ from small_catalog import BRANDS, COLORS, TYPES, make_products, product_table
 from typer.testing import CliRunner
 
 from relevance_ray import storage
+from relevance_ray.chain.diversity import report_diversity
 from relevance_ray.cli import app
 from relevance_ray.config import build_config
-from relevance_ray.diversity_step import report_diversity
 from relevance_ray.generate.diversity.measure import Diversity, measure_diversity
 from relevance_ray.generate.diversity.plots import drawable
 from relevance_ray.generate.diversity.report import render_markdown, twenty_groups, warning_lines, write_diversity

@@ -9,9 +9,9 @@ import pytest
 
 from relevance_ray import object_log, storage
 from relevance_ray import progress as progress_module
+from relevance_ray.chain.run_state import describe
 from relevance_ray.object_log import ObjectLog, newest_lines
 from relevance_ray.progress import Progress
-from relevance_ray.run_state import describe
 
 
 def test_the_last_line_and_the_log_tell_the_same(tmp_path: Path) -> None:

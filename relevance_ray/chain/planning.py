@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from relevance_ray.chain.folders import StepFolders
 from relevance_ray.config import Config
 from relevance_ray.data.readers import open_source
 from relevance_ray.engines.base import Engine, Labels, Pair
@@ -30,7 +31,6 @@ from relevance_ray.labeling.shard import label_groups, pairs_of
 from relevance_ray.model_folder import read_model_info
 from relevance_ray.models import resolve_model
 from relevance_ray.schema import GROUP, PRODUCT, LabelScale, pair_id, product_fields, query_id
-from relevance_ray.step_folders import StepFolders
 from relevance_ray.storage import CommitLog, exists, join, localize, table_bytes
 from relevance_ray.templates import Template
 

@@ -6,11 +6,11 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from relevance_ray.chain.folders import StepFolders
 from relevance_ray.config import Config
 from relevance_ray.object_log import ObjectLog
 from relevance_ray.progress import Progress
 from relevance_ray.ray_session import check_resources, ray_session
-from relevance_ray.step_folders import StepFolders
 from relevance_ray.storage import cache_folder, fingerprint, is_remote, join, localize, publish_folder
 
 Say = Callable[[str], None]

@@ -13,12 +13,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from relevance_ray.chain.folders import StepFolders
 from relevance_ray.data.prepare import iter_products, read_queries, read_scale
 from relevance_ray.generate.diversity.counting import even_sample
 from relevance_ray.generate.diversity.measure import CATALOG_COLUMNS, Diversity
 from relevance_ray.generate.diversity.report import twenty_groups, write_diversity
 from relevance_ray.progress import Progress
-from relevance_ray.step_folders import StepFolders
 from relevance_ray.storage import CommitLog, join, localize, read_bytes, write_bytes
 
 MAX_PAIRS = 1_000_000

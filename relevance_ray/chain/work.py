@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from relevance_ray.actor_pool import Workers
+from relevance_ray.chain.tools import StepTools
+from relevance_ray.chain.trainings import TrainingWork
 from relevance_ray.errors import UserError
 from relevance_ray.model_folder import read_model_info
 from relevance_ray.schema import LabelScale
-from relevance_ray.step_tools import StepTools
 from relevance_ray.storage import (
     CommitLog,
     is_remote,
@@ -25,7 +26,6 @@ from relevance_ray.storage import (
     write_json,
     write_table,
 )
-from relevance_ray.training_work import TrainingWork
 
 
 class StepWork:

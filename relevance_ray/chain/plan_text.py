@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from relevance_ray.planning import Plan
+from relevance_ray.chain.planning import Plan
 from relevance_ray.storage import exists, join, read_json
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from relevance_ray.actor_pool import Workers
+from relevance_ray.chain.folders import VERSIONS
+from relevance_ray.chain.tools import StepTools, local_model, model_in, publish_model
 from relevance_ray.options import semantic
 from relevance_ray.progress import Progress
-from relevance_ray.step_folders import VERSIONS
-from relevance_ray.step_tools import StepTools, local_model, model_in, publish_model
 from relevance_ray.storage import CommitLog, exists, fingerprint, is_remote, join, localize, publish_folder, write_json
 from relevance_ray.training.options import StudentOptions
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from relevance_ray.chain.trainings import TrainingWork
 from relevance_ray.data.prepare import read_judged, read_scale
 from relevance_ray.engines.registry import load_pair_model
 from relevance_ray.errors import UserError
@@ -20,7 +21,6 @@ from relevance_ray.evaluation.judged import JudgedPairs, flatten
 from relevance_ray.evaluation.scaling import scaling_markdown, scaling_plot, scaling_report
 from relevance_ray.metrics import ndcg
 from relevance_ray.storage import CommitLog, fingerprint, join, localize, read_json, write_bytes, write_json
-from relevance_ray.training_work import TrainingWork
 
 FOLDER = "scaling"
 _LEAST_PAIRS = 64

@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from relevance_ray.chain.folders import ALL_STEPS
 from relevance_ray.config import Config, build_config
 from relevance_ray.errors import UserError
 from relevance_ray.labeling.attempts import shards_set_aside
 from relevance_ray.labeling.pipeline import shards_to_label
 from relevance_ray.lease import lease_holder
 from relevance_ray.object_log import newest_lines
-from relevance_ray.step_folders import ALL_STEPS
 from relevance_ray.storage import CommitLog, check_reachable, exists, is_remote, join, read_json, write_json
 
 _FILE = "run.json"
