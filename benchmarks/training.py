@@ -6,6 +6,10 @@ logit) against seven negatives; ours takes all 28 margins of a query. Speed is m
 process of its own; the time to equal nDCG is that of a whole epoch each, measured on the dev queries between steps, with the
 measuring taken out.
 
+Two workers are measured against one, each of one thread, in steps of a global batch of 32 queries: what is lost is the sum
+of the gradients and the wait for the slower worker. More workers are reckoned from the size of the gradients: a ring moves
+2 (n - 1) / n times that size a step and worker.
+
     python benchmarks/training.py [--quick] [--data FOLDER] [--work FOLDER]
 
 Labels come from an untrained bi-encoder: how fast a student learns is asked here, not how good its teacher is.
@@ -32,6 +36,8 @@ from relevance_ray.steps import Chain
 from relevance_ray.storage import CommitLog, read_table
 
 BATCH, LEARNING_RATE, PRODUCTS, MAX_TOKENS = 8, 1e-4, 8, 64
+BATCH_OF_WORKERS, STEPS_OF_WORKERS = 32, 8
+GIGABYTES_PER_SECOND = {"10 Gbit/s": 1.25, "100 Gbit/s": 12.5}
 
 
 def labeled(arguments: argparse.Namespace) -> tuple[list[str], str]:
@@ -202,12 +208,52 @@ def theirs(arguments: argparse.Namespace, files: list[str], judged: str) -> dict
 def measured(arguments: argparse.Namespace, side: str, steps: int, points: int) -> dict[str, Any]:
     """One side in a process of its own."""
     command = [sys.executable, __file__, "--side", side, "--steps", str(steps), "--points", str(points)]
-    for name in ("data", "work", "groups", "layers"):
+    for name in ("data", "work", "groups", "layers", "rounds"):
         command += [f"--{name}", str(getattr(arguments, name))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{side} failed:\n{done.stderr[-3000:]}")
     return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def over_workers(arguments: argparse.Namespace, files: list[str], judged: str) -> dict[str, Any]:
+    """Rates of one worker and of two of one thread each, and the size of what they sum."""
+    import ray
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    from relevance_ray.training.ingest import IngestSpec, ingest
+    from relevance_ray.training.options import FitOptions, StudentOptions
+    from relevance_ray.training.ray_train import ray_runner
+    from relevance_ray.training.runners import Job
+    from relevance_ray.training.student_task import StudentTaskSpec
+
+    start = start_folder(arguments, judged)
+    loop = FitOptions(
+        batch_size=BATCH_OF_WORKERS, learning_rate=LEARNING_RATE, checkpoint_every=10**6, eval_every=10**6
+    )
+    options = StudentOptions(max_tokens=MAX_TOKENS, num_layers=arguments.layers, fit=loop)
+    work = Path(arguments.work).absolute() / f"workers-{os.getpid()}"
+    tokens = ingest(IngestSpec(str(start), options), files, work / "tokens")
+    pairs = STEPS_OF_WORKERS * BATCH_OF_WORKERS * PRODUCTS
+    spec = StudentTaskSpec(str(start), tokens, judged, options, max_pairs=pairs)
+    ray.init(num_cpus=os.cpu_count(), include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    rates: dict[int, list[float]] = {1: [], 2: []}
+    for number in range(arguments.rounds):
+        for workers, found in rates.items():
+            job = Job(spec, loop, work / f"{workers}-{number}")
+            [result] = ray_runner(num_workers=workers)([job])
+            found.append(result.pairs_per_second)
+    ray.shutdown()
+    model = AutoModelForSequenceClassification.from_pretrained(start, dtype=torch.float32)
+    megabytes = sum(p.numel() for p in model.parameters()) * 4 / 1e6
+    return {
+        "two_workers_over_one": round(statistics.median(rates[2]) / statistics.median(rates[1]), 3),
+        "gradient_mb": round(megabytes, 1),
+        "seconds_of_the_sum_over_64": {
+            name: round(2 * 63 / 64 * megabytes / 1e3 / speed, 4) for name, speed in GIGABYTES_PER_SECOND.items()
+        },
+    }
 
 
 def time_to(curve: list[tuple[float, float]], value: float) -> float:
@@ -224,21 +270,23 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="of the student; 6, or 3 with --quick")
     parser.add_argument("--rounds", type=int, help="of the speed, each both sides; 5, or 2 with --quick")
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--side", choices=["ours", "theirs"], help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=["ours", "theirs", "workers"], help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--points", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.groups = arguments.groups or (320 if arguments.quick else 1200)
     arguments.layers = arguments.layers or (3 if arguments.quick else 6)
+    arguments.rounds = arguments.rounds or (2 if arguments.quick else 5)
     quiet_libraries()
     files, judged = labeled(arguments)
     if arguments.side:
-        print(json.dumps({"ours": ours, "theirs": theirs}[arguments.side](arguments, files, judged)))
+        measure = {"ours": ours, "theirs": theirs, "workers": over_workers}[arguments.side]
+        print(json.dumps(measure(arguments, files, judged)))
         return
 
     rounds = [
         {side: measured(arguments, side, steps=20, points=1) for side in ("ours", "theirs")}
-        for _ in range(arguments.rounds or (2 if arguments.quick else 5))
+        for _ in range(arguments.rounds)
     ]
 
     def rate(side: str, what: str) -> float:
@@ -261,6 +309,7 @@ def main() -> None:
                     statistics.median(r["ours"]["waiting"] / r["ours"]["seconds"] for r in rounds), 4
                 ),
                 "products_per_second": {side: round(rate(side, "products"), 1) for side in ("ours", "theirs")},
+                "over_workers": measured(arguments, "workers", 0, 0),
                 "best_ndcg": {side: round(value, 4) for side, value in best.items()},
                 "comparisons": [
                     {
