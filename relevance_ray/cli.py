@@ -6,6 +6,7 @@ Ctrl-C, to be continued by the same command; 1 our fault, with its traceback.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from types import FrameType
@@ -267,12 +268,15 @@ def show_config() -> None:
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - Ray tells of every actor that ends now as of a failure
     raise KeyboardInterrupt
 
 
 def main() -> None:
     """Entry point of the command `relevance-ray`."""
     signal.signal(signal.SIGTERM, _stop)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _stop)
     quiet_libraries()
     try:
         app(standalone_mode=True)

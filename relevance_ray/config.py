@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
+import math
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -184,23 +186,31 @@ def _apply(values: dict[str, Any], text: str) -> str:
 
 
 def _explain(error: ValidationError, where: str, overridden: list[str]) -> str:
-    first = error.errors(include_url=False)[0]
-    location = [part for part in first["loc"] if not (isinstance(part, str) and part.endswith(")"))]
+    errors = error.errors(include_url=False)
+    place = errors[0]["loc"][:2]
+    # Of a value that may be this or that, pydantic tells what is wrong with it as either; the deepest knows most.
+    first = max((each for each in errors if each["loc"][:2] == place), key=lambda each: len(_location(each["loc"])))
+    location = _location(first["loc"])
     key = ".".join(str(part) for part in location)
-    from_set = any(name == key or name.startswith(f"{key}.") for name in overridden)
-    place = f"--set {key}" if from_set else f"{where}: {key}" if key else where
+    from_set = any(name == key or name.startswith(f"{key}.") or key.startswith(f"{name}.") for name in overridden)
+    where = f"--set {key}" if from_set else f"{where}: {key}" if key else where
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         valid = _keys_at(location[:-1])
         near = difflib.get_close_matches(str(location[-1]), valid, n=1, cutoff=0.0)
         section = ".".join(str(part) for part in location[:-1])
         inside = f"a key of {section}" if section else "a section"
         others = f"; its keys are {', '.join(valid)}" if len(valid) <= 12 else ""
-        return f"{place} is not {inside}; did you mean {near[0] if near else '?'}{others}"
+        return f"{where} is not {inside}; did you mean {near[0] if near else '?'}{others}"
     if first["type"] == "dataclass_type":
-        return f"{place} must be a section of keys, not {first['input']!r}"
+        return f"{where} must be a section of keys, not {first['input']!r}"
     given = first.get("input")
     shown = f" (it is {given!r})" if not isinstance(given, dict | list) else ""
-    return f"{place}: {first['msg'].removeprefix('Value error, ')}{shown}"
+    return f"{where}: {first['msg'].removeprefix('Value error, ')}{shown}"
+
+
+def _location(parts: tuple[str | int, ...]) -> list[str | int]:
+    """Keys and places in lists, without pydantic's names for the kinds that a value may have."""
+    return [part for part in parts if isinstance(part, int) or not ("[" in part or part.endswith(")"))]
 
 
 def _keys_at(location: list[Any]) -> list[str]:
@@ -214,6 +224,12 @@ def _keys_at(location: list[Any]) -> list[str]:
     return []
 
 
+def _one_line(value: Any) -> str:
+    if isinstance(value, str) and "\n" in value:
+        return json.dumps(value, ensure_ascii=False)
+    return yaml.safe_dump(value, default_flow_style=True, width=math.inf).split("\n")[0]
+
+
 def describe(kind: Any = Config, prefix: str = "") -> list[tuple[str, str, str]]:
     """Every key with its default and description, for the documentation."""
     hints = typing.get_type_hints(kind)
@@ -225,9 +241,7 @@ def describe(kind: Any = Config, prefix: str = "") -> list[tuple[str, str, str]]
         default = field.default
         if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
-        shown = (
-            "" if default is dataclasses.MISSING else yaml.safe_dump(default, default_flow_style=True).split("\n")[0]
-        )
+        shown = "" if default is dataclasses.MISSING else _one_line(default)
         rows.append((prefix + field.name, shown, field.metadata["description"]))
         for item in typing.get_args(hints[field.name]):
             if dataclasses.is_dataclass(item):

@@ -84,6 +84,13 @@ def remove_tree(path: str) -> None:
             raise StorageError(f"{path} could not be removed; see to the store, and run again")
 
 
+def remove_if_empty(path: str) -> None:
+    """Remove a local folder that holds nothing; a store of objects has no such."""
+    if not is_remote(path):
+        with contextlib.suppress(OSError):
+            os.rmdir(path.removeprefix("file://"))
+
+
 def remove_file(path: str) -> None:
     """Remove one file; nothing happens where there is none."""
     with opened(path) as (fs, inner), contextlib.suppress(FileNotFoundError):

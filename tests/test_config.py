@@ -28,6 +28,15 @@ JOBS = sorted((Path(__file__).resolve().parents[1] / "jobs").glob("*.yaml"))
         ({"generate": {"num_pairs": "many"}}, "conf: generate.num_pairs: Input should be a valid integer"),
         ({"generate": {"num_pairs": 0}}, "conf: generate: num_pairs must be at least 1"),
         ({"data": 3}, "conf: data must be a section of keys"),
+        (
+            {"generate": {"source": "logs"}},
+            "conf: generate.source: Input should be 'log', 'titles', 'llm' or 'file' (it is",
+        ),
+        (
+            {"generate": {"source": ["log", "title"]}},
+            "conf: generate.source.1: Input should be 'log', 'titles', 'llm' or",
+        ),
+        ({"student": {"fit": {"patience": 3}}}, "conf: student.fit: patience never ends a run that is evaluated once"),
     ],
 )
 def test_a_mistake_is_named_with_its_place_and_the_nearest_valid_key(values: dict[str, object], message: str) -> None:
@@ -42,6 +51,8 @@ def test_an_override_wins_and_its_mistake_names_set() -> None:
     assert config.student.fit.learning_rate == 3e-4
     with pytest.raises(UserError, match=r"--set student\.modle is not a key of student; did you mean model"):
         build_config({}, ["student.modle=minilm"])
+    with pytest.raises(UserError, match=r"--set generate\.source\.1: Input should be .* \(it is 'title'\)"):
+        build_config({}, ["generate.source=[log, title]"])
     with pytest.raises(UserError, match="must be key=value"):
         build_config({}, ["student"])
 

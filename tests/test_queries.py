@@ -182,6 +182,7 @@ def test_pairs_file_wins_over_the_same_query_of_the_log() -> None:
     [
         (" ,P1,1", "row 2: the query is empty"),
         ("hat,P99,1", "row 2: product 'P99' is not in the catalog"),
+        ("hat,P1,99999999999", "row 2: rank '99999999999' is no whole number from 0 to 2,147,483,647"),
         ("hat,P1,first", "row 2: rank 'first' is no whole number"),
     ],
 )
@@ -208,7 +209,7 @@ def test_a_rank_that_is_no_whole_number_is_named(tmp_path: Path) -> None:
 def test_pairs_file_without_a_column_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "pairs.csv"
     path.write_text("query,sku\nhat,P1\n")
-    with pytest.raises(UserError, match="no product_id"):
+    with pytest.raises(UserError, match="lacks the column 'product_id'; it has query, sku"):
         list(file_queries(str(path), ["P1"], GenerateOptions(source="file", pairs_file=str(path))))
 
 

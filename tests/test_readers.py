@@ -109,6 +109,10 @@ BAD_ESCI = {
         lambda f: write_esci(f, judgments=esci_judgments(esci_label=["E"] * 16 + ["X"] + ["S"] * 43)),
         r"examples.parquet, row 17: grade 'X' is none of I, C, S, E",
     ),
+    "no title anywhere": (
+        lambda f: write_esci(f, products=esci_products(product_title=[" "] * 5)),
+        r"none of the \d+ products has a title; name the column that holds it in data.columns",
+    ),
     "empty catalog": (lambda f: write_esci(f, products=esci_products(0)), r"products.parquet holds no product"),
     "no judgment": (lambda f: write_esci(f, judgments=esci_judgments().slice(0, 0)), "holds no judgment"),
     "product not in the catalog": (
@@ -125,7 +129,7 @@ BAD_ESCI = {
     ),
     "repeated product": (
         lambda f: write_esci(f, products=esci_products(6, product_id=["B0", "B1", "B2", "B3", "B4", "B2"])),
-        r"product_id 'B2' is there twice",
+        r"product_id 'B2' is there twice, as products 3 and 6;",
     ),
     "several locales": (
         lambda f: write_esci(f, judgments=esci_judgments(product_locale=["us", "jp"] * 30)),
@@ -276,10 +280,38 @@ def test_real_sets_go_through_without_a_leak(
     assert all(count > 0 for count in summary["queries_by_split"].values())
 
 
-def test_a_negative_frequency_and_a_mapped_column_that_is_not_there_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "log.csv").write_text("query,frequency\nred shoe,3\nlamp,-3\n")
-    with pytest.raises(UserError, match=r"log\.csv, row 2: frequency is negative"):
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"query,frequency\nred shoe,3\nlamp,-3\n", r"log\.csv, row 2: frequency is -3; write how often"),
+        (b"query,frequency\nred shoe,inf\n", r"log\.csv, row 1: frequency is inf; write how often"),
+        (b"query,frequency\n", r"log\.csv holds no query"),
+        (b"query,frequency\n  ,3\n", r"log\.csv holds no query"),
+        (b"query,frequency\nlamp,1\ncaf\xe9,3\n", r"log\.csv is not UTF-8 after line \d; save it as UTF-8"),
+        ("query,frequency\nlamp,1\n".encode("utf-16"), r"log\.csv is not UTF-8 after line 0; save it as UTF-8"),
+        (b"query,frequency\nlamp,1\nred shoe,5,extra\n", r"log\.csv, row 2: 3 cells but 2 columns; quote cells"),
+    ],
+)
+def test_a_log_that_cannot_be_meant_is_refused_with_its_row(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "log.csv").write_bytes(content)
+    with pytest.raises(UserError, match=said):
         list(query_log(str(tmp_path / "log.csv"))())
+
+
+def test_an_unknown_frequency_is_one(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"query": ["a", "b"], "frequency": [float("nan"), 2.0]}), tmp_path / "log.parquet")
+    (tmp_path / "log.csv").write_text("query,frequency\na,NaN\nb,2\nc,\n")
+    for name, frequencies in (("log.parquet", [1, 2]), ("log.csv", [1, 2, 1])):
+        assert pa.concat_tables(query_log(str(tmp_path / name))())["frequency"].to_pylist() == frequencies
+
+
+def test_products_without_a_title_are_counted(tmp_path: Path) -> None:
+    titles = ["", *esci_products()["product_title"].to_pylist()[1:]]
+    options = write_esci(tmp_path / "esci", products=esci_products(product_title=titles))
+    assert prepare(options, tmp_path / "out")["products_without_title"] == 1
+
+
+def test_a_mapped_column_that_is_not_there_is_refused(tmp_path: Path) -> None:
     (tmp_path / "products.csv").write_text("product_id,title\n1,shoe\n")
     (tmp_path / "judgments.csv").write_text("query,product_id,grade\nshoe,1,1\n")
     columns = {"products": {"brand": "maker"}}

@@ -45,12 +45,7 @@ def measure_scaling(
         UserError: no teacher to measure against, or too few labels.
     """
     at = work.at
-    prepared = localize(at.folder("prepare"))
-    scale = read_scale(prepared)
-    split = "test" if read_judged(prepared, "test").num_rows else "dev"
-    judged = flatten(read_judged(prepared, split), scale)
-    models = work.models(with_student=False)
-    if teacher not in models:
+    if teacher == "teacher" and at.teacher() is None:
         raise UserError(
             "these labels come from no model, so there is no teacher to pass; label with one (label.engine)"
         )
@@ -59,6 +54,11 @@ def measure_scaling(
     sizes = sorted({size for halvings in range(num_sizes) if (size := num_pairs >> halvings) >= _LEAST_PAIRS})
     if len(sizes) < 3:
         raise UserError(f"{num_pairs} labeled pairs are too few for a curve of three sizes; raise generate.num_pairs")
+    prepared = localize(at.folder("prepare"))
+    scale = read_scale(prepared)
+    split = "test" if read_judged(prepared, "test").num_rows else "dev"
+    judged = flatten(read_judged(prepared, split), scale)
+    models = work.models(with_student=False)
     first = work.config.student.fit.seed
     folders = work.students_of(sizes, range(first, first + seeds))
     key = at.key("prepare")

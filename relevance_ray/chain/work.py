@@ -23,6 +23,7 @@ from relevance_ray.storage import (
     makedirs,
     publish_folder,
     read_json,
+    remove_if_empty,
     write_json,
     write_table,
 )
@@ -49,7 +50,11 @@ class StepWork:
             "compact": self._compact,
             "embed": self._embed,
         }
-        summary = runners[step](folder)
+        try:
+            summary = runners[step](folder)
+        except BaseException:
+            remove_if_empty(folder)
+            raise
         marker = {
             "step": step,
             "fingerprint": self.at.key(step),
@@ -67,6 +72,8 @@ class StepWork:
         local = self.tools.work_folder("prepare", folder) if is_remote(folder) else Path(folder)
         with self.tools.progress("prepare", None, "products") as progress:
             summary = prepare(self.config.data, local, progress)
+        if untitled := summary["products_without_title"]:
+            self.tools.say(f"prepare: {untitled:,} of {summary['products']:,} products have no title")
         if is_remote(folder):
             publish_folder(local, folder)
         return summary

@@ -19,10 +19,11 @@ import pyarrow.parquet as pq
 
 from relevance_ray.data.source import BLOCK_ROWS
 from relevance_ray.errors import UserError
-from relevance_ray.row_files import check_text
+from relevance_ray.row_files import RowReader, check_text
 from relevance_ray.schema import PRODUCT, QUERY
 
 _CSV_BLOCK_BYTES = 1 << 26
+_MAX_FREQUENCY = 2.0**53
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 JSON_LINES = (".jsonl", ".ndjson")
 SUFFIXES = (".parquet", *DELIMITERS, *JSON_LINES)
@@ -133,20 +134,27 @@ def no_queries() -> Iterator[pa.Table]:
 
 def query_log(path: str) -> Callable[[], Iterator[pa.Table]]:
     """A re-iterable stream of `QUERY` tables from a file with a column `query`, and `frequency` and `locale` if known;
-    empty queries are left out, an unknown frequency is 1."""
+    empty queries are left out, an unknown frequency (empty, or NaN) is 1."""
 
     def stream() -> Iterator[pa.Table]:
-        first_row = 1
+        first_row, num_queries = 1, 0
         for block in blocks(path, ["query"], ["frequency", "locale"]):
-            frequency = pc.fill_null(number(block, "frequency", path, first_row), 1.0)
-            if (negative := pc.index(pc.less(frequency, 0), True).as_py()) >= 0:
+            frequency = number(block, "frequency", path, first_row)
+            frequency = pc.fill_null(pc.if_else(pc.is_nan(frequency), None, frequency), 1.0)
+            counts = pc.and_(pc.greater_equal(frequency, 0), pc.less(frequency, _MAX_FREQUENCY))
+            if (wrong := pc.index(counts, False).as_py()) >= 0:
                 raise UserError(
-                    f"{path}, row {first_row + negative}: frequency is negative; write how often it was typed"
+                    f"{path}, row {first_row + wrong}: frequency is {frequency[wrong].as_py():g}; write how often it was "
+                    "typed"
                 )
             first_row += block.num_rows
             columns = [text(block, "query"), frequency.cast(pa.int64(), safe=False), text(block, "locale")]
             keep = columns[0].is_valid()
-            yield pa.table([column.filter(keep) for column in columns], schema=QUERY)
+            found = pa.table([column.filter(keep) for column in columns], schema=QUERY)
+            num_queries += found.num_rows
+            yield found
+        if not num_queries:
+            raise UserError(f"{path} holds no query; give a log with queries, or leave data.queries out")
 
     return stream
 
@@ -206,6 +214,9 @@ def _delimited(
                 for start in range(0, table.num_rows, BLOCK_ROWS):
                     yield table.slice(start, BLOCK_ROWS)
     except (pa.ArrowInvalid, UnicodeDecodeError) as error:
+        if (delimiter, encoding) == (DELIMITERS[path.suffix.lower()], "utf-8"):
+            for _ in RowReader(path).batches(BLOCK_ROWS):  # slower, and it knows the row
+                pass
         raise UserError(f"{path} cannot be read as {encoding} text with a header: {_first_line(error)}") from error
 
 

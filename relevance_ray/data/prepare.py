@@ -8,6 +8,7 @@ and log query.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -63,7 +64,7 @@ def prepare(options: DataOptions, out_dir: Path, progress: ProgressLine | None =
     shutil.rmtree(staging, ignore_errors=True)
     (staging / "products").mkdir(parents=True)
     try:
-        judged, num_products = _write_products(source, judgments, staging / "products", progress)
+        judged, num_products, num_untitled = _write_products(source, judgments, staging / "products", progress)
         groups = _judged_groups(judgments, judged)
         if options.is_judged:
             _refuse_empty_splits(groups)
@@ -79,6 +80,7 @@ def prepare(options: DataOptions, out_dir: Path, progress: ProgressLine | None =
         shutil.rmtree(staging, ignore_errors=True)
     return {
         "products": num_products,
+        "products_without_title": num_untitled,
         "judgments": judgments.num_rows,
         "judged_content": judged_content,
         "queries_by_split": {name: pc.sum(pc.equal(groups["split"], name), min_count=0).as_py() for name in SPLITS},
@@ -187,12 +189,12 @@ def _with_soft_targets(judgments: pa.Table, source: Source, label_smoothing: flo
 
 def _write_products(
     source: Source, judgments: pa.Table, folder: Path, progress: ProgressLine | None
-) -> tuple[dict[str, dict[str, Any]], int]:
-    """Writes the catalog; returns the judged products by id, and how many products there are."""
+) -> tuple[dict[str, dict[str, Any]], int, int]:
+    """Writes the catalog; returns the judged products by id, how many products there are, and how many without a title."""
     wanted = pc.unique(judgments["product_id"])
     judged: dict[str, dict[str, Any]] = {}
     hashes: list[np.ndarray] = []
-    num_products = 0
+    num_products = num_untitled = 0
     writer: pq.ParquetWriter | None = None
     try:
         for block in source.products():
@@ -215,6 +217,7 @@ def _write_products(
                 writer = pq.ParquetWriter(folder / f"products-{number:05d}.parquet", block.schema, compression="zstd")
             writer.write_table(block)
             num_products += block.num_rows
+            num_untitled += pc.sum(pc.equal(pc.utf8_trim_whitespace(block["title"]), "")).as_py()
             if progress is not None:
                 progress.update(num_products)
     finally:
@@ -222,6 +225,11 @@ def _write_products(
             writer.close()
     if not num_products:
         raise UserError(f"{source.products_name} holds no product; the catalog must not be empty")
+    if num_untitled == num_products:
+        raise UserError(
+            f"{source.products_name}: none of the {num_products:,} products has a title; name the column that holds it in "
+            "data.columns ({products: {title: NAME}})"
+        )
     _refuse_repeated_products(source, np.concatenate(hashes))
     for product_id, row in zip(judgments["product_id"].to_pylist(), judgments["row"].to_pylist(), strict=True):
         if product_id not in judged:
@@ -229,7 +237,7 @@ def _write_products(
                 f"{source.judgments_name}, row {row}: product {product_id!r} is not in {source.products_name}; "
                 "add the product or drop the judgment"
             )
-    return judged, num_products
+    return judged, num_products, num_untitled
 
 
 def _refuse_repeated_products(source: Source, hashes: np.ndarray) -> None:
@@ -237,10 +245,15 @@ def _refuse_repeated_products(source: Source, hashes: np.ndarray) -> None:
     order = np.argsort(hashes, kind="stable")
     repeats = order[1:][hashes[order[1:]] == hashes[order[:-1]]]
     if len(repeats):
-        index = int(repeats.min())
         ids = (product_id for block in source.products() for product_id in block["product_id"].to_pylist())
-        product_id = next(value for position, value in enumerate(ids) if position == index)
-        raise UserError(f"{source.products_name}: product_id {product_id!r} is there twice; keep one row a product")
+        value = hashes[repeats.min()]
+        first, second = itertools.islice(
+            (pair for pair, own in zip(enumerate(ids, 1), hashes, strict=True) if own == value), 2
+        )
+        raise UserError(
+            f"{source.products_name}: product_id {second[1]!r} is there twice, as products {first[0]} and {second[0]}; keep "
+            "one row a product"
+        )
 
 
 def _judged_groups(judgments: pa.Table, judged: dict[str, dict[str, Any]]) -> pa.Table:

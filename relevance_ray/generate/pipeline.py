@@ -21,6 +21,7 @@ from relevance_ray.generate.index.catalog_index import CatalogIndex
 from relevance_ray.generate.options import GenerateOptions
 from relevance_ray.generate.queries.pool import PoolSummary
 from relevance_ray.generate.queries.store import QueryStore, file_contents
+from relevance_ray.generate.queries.written import PRODUCTS_PER_PART
 from relevance_ray.generate.search_actors import spread
 from relevance_ray.generate.shards import plan_ranges, shard_range
 from relevance_ray.generate.staging import sweep_staging
@@ -125,9 +126,9 @@ def _write_queries(
     parts: Sequence[int],
 ) -> None:
     """Have some parts of the queries written. Raises `UserError` for what the user must mend; what is written stays."""
-    _run_stage(
-        progress, "writing", [{"part": part} for part in parts], write_query_part, (index, queries), writers, taken_cpus
-    )
+    stage = f"writing by {PRODUCTS_PER_PART} products"
+    items = [{"part": part} for part in parts]
+    _run_stage(progress, stage, items, write_query_part, (index, queries), writers, taken_cpus)
     progress.update(stage="queries")
 
 

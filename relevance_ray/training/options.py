@@ -51,6 +51,8 @@ class FitOptions:
             raise ValueError(f"warmup_ratio {self.warmup_ratio} must be in [0, 1]")
         if self.weight_decay < 0 or self.eval_every < 0 or self.patience < 0 or self.seed < 0:
             raise ValueError("weight_decay, eval_every, patience and seed must not be negative")
+        if self.patience and self.epochs == 1 and not self.eval_every:
+            raise ValueError("patience never ends a run that is evaluated once; set eval_every")
 
 
 @dataclass(frozen=True)

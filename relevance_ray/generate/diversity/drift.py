@@ -154,15 +154,18 @@ def _length_check(
 ) -> Check:
     unit = "characters" if chars else "words"
     own = (generated.num_chars if chars else generated.num_words)[0]
-    bits = [divergence(own, view) or 0.0 for view in (log.num_chars if chars else log.num_words)]
+    views = log.num_chars if chars else log.num_words
+    bits = [divergence(own, view) or 0.0 for view in views]
+    shares, of_log = own / own.sum(), views[int(np.argmin(bits))] / views[int(np.argmin(bits))].sum()
+    far = int(np.argmax(np.abs(shares - of_log)))
     column = 1 if chars else 0
     log_means = log.mean_lengths()[:, column]
     by_source = {name: f"{stats.mean_lengths()[0, column]:.1f}" for name, stats in sources.items()}
     level = noise.lengths(chars)
     sentence = (
         f"Generated queries have {generated.mean_lengths()[0, column]:.1f} {unit} on average{_of_sources(by_source)}, those "
-        f"of the log {_span(log_means, '.1f')}; the distributions are {min(bits):.3f} bits apart, random parts of the log "
-        f"{level:.3f}."
+        f"of the log {_span(log_means, '.1f')}; {shares[far]:.0%} of them have {far}, of the log's {of_log[far]:.0%}. The "
+        f"distributions are {min(bits):.3f} bits apart, random parts of the log {level:.3f}."
     )
     return Check(f"length in {unit}", "bits", min(bits), level, level + BITS_MARGIN, sentence)
 
@@ -191,7 +194,7 @@ def _of_sources(values: Mapping[str, str]) -> str:
 def _span(values: np.ndarray, form: str) -> str:
     """The log's figure over its views: one number, or the least and the most."""
     low, high = format(float(values.min()), form), format(float(values.max()), form)
-    return low if low == high else f"{low} to {high} by how frequency counts"
+    return low if low == high else f"{low} to {high} (each once, or as often as it was typed)"
 
 
 def category_checks(catalog: KeySample, generated: KeySample, num_groups: int, seed: int) -> list[Check]:

@@ -162,6 +162,9 @@ def read_pairs(path: str, product_ids: Sequence[str], key: str) -> dict[str, tup
     row_of = {product_id: row for row, product_id in enumerate(product_ids)}
     pairs: dict[str, dict[int, int]] = {}
     spelling: dict[str, str] = {}
+    for column in ("query", "product_id"):
+        if reader.columns and column not in reader.columns:
+            raise UserError(f"{key} {path} lacks the column {column!r}; it has {', '.join(reader.columns)}")
     for batch in reader.batches(10_000):
         for number, cells in enumerate(batch.rows, start=batch.first_row):
             where = f"{key} {path}, row {number}"
@@ -194,7 +197,9 @@ def _rank(value: object, default: int, where: str) -> int:
     except ValueError:
         rank = -1
     if not 0 <= rank < 2**31:
-        raise UserError(f"{where}: rank {value!r} is no whole number from 0 up; mend it or drop the column")
+        raise UserError(
+            f"{where}: rank {value!r} is no whole number from 0 to {2**31 - 1:,}; mend it or drop the column"
+        )
     return rank
 
 
