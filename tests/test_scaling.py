@@ -55,6 +55,15 @@ def report(teacher: float) -> dict:
     return scaling_report(by_size, lines, num_resamples=200)
 
 
+def test_a_flat_curve_is_told_in_words() -> None:
+    flat = scaling_report(
+        {size: queries(0.8, 7)[None] for size in SIZES}, {"teacher": queries(0.9, 1)}, num_resamples=50
+    )
+    text = scaling_markdown(flat)
+    assert "No gain with more pairs was measured. By this curve the student does not pass" in text
+    assert "pairs^" not in text
+
+
 def test_a_curve_that_crosses_its_teacher_says_where() -> None:
     law = PowerLaw(0.9, 2.0, 0.4)
     found = report(float(law.at(40000)))

@@ -21,6 +21,7 @@ from relevance_ray.evaluation.significance import percentile_interval, resample_
 NUM_RESAMPLES = 1000
 REACH = 16
 """A forecast goes no further than so many times the most pairs measured."""
+_FLAT = "No gain with more pairs was measured."
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _EXPONENTS = np.geomspace(0.05, 2.0, 60)
 
@@ -180,9 +181,10 @@ def scaling_markdown(report: Mapping[str, Any]) -> str:
         lines.append(f"| {' | '.join([*cells, _signed(row['to_teacher']), _signed(row.get('to_size_before'))])} |")
     if report["law"]:
         law = report["law"]
-        formula = f"nDCG = {law['ceiling']:.4f} - {law['scale']:.4g} * pairs^-{law['exponent']:.3f}"
         low, high = law["ceiling_interval"]
-        lines += ["", f"Fitted law: {formula} (ceiling {low:.4f} to {high:.4f}). {_sentence(report['forecast'])}"]
+        formula = f"nDCG = {law['ceiling']:.4f} - {law['scale']:.4g} * pairs^-{law['exponent']:.3f}"
+        fitted = f"Fitted law: {formula} (ceiling {low:.4f} to {high:.4f})." if law["scale"] else _FLAT
+        lines += ["", f"{fitted} {_sentence(report['forecast'])}"]
     return "\n".join(lines) + "\n"
 
 
