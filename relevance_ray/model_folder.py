@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 from relevance_ray.calibration import OrdinalCalibration
 from relevance_ray.errors import UserError
 from relevance_ray.schema import LabelScale
+from relevance_ray.storage import is_remote, publish_folder
 from relevance_ray.templates import Template
 
 INFO_FILE = "relevance.json"
@@ -95,11 +96,17 @@ def write_model_info(folder: str | Path, info: ModelInfo) -> None:
 @contextmanager
 def staged_folder(out: str | Path) -> Iterator[Path]:
     """A temporary folder beside `out` that becomes `out` by one rename when the block ends well, and is removed when it
-    does not: a model folder is there whole or not at all, and a finished one is never written over.
+    does not: a model folder is there whole or not at all, and a finished one is never written over. To a store it is
+    uploaded, `relevance.json` last, without which it is no model folder.
 
     Raises:
         OSError: `out` exists already and is not empty.
     """
+    if is_remote(str(out)):
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch)
+            publish_folder(Path(scratch), str(out), last=INFO_FILE)
+        return
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))

@@ -30,6 +30,12 @@ def join(root: str, *parts: str) -> str:
     return "/".join([str(root).rstrip("/"), *(part.strip("/") for part in parts)])
 
 
+def absolute(path: str | Path) -> str:
+    """A path that means the same wherever a process of this machine stands; that of a store as it is."""
+    text = str(path)
+    return text if is_remote(text) else os.path.abspath(text.removeprefix("file://"))
+
+
 def exists(path: str) -> bool:
     with opened(path) as (fs, inner):
         return bool(fs.exists(inner))
@@ -158,13 +164,17 @@ def cache_folder() -> Path:
     return Path(os.environ.get("RELEVANCE_RAY_CACHE") or Path.home() / ".cache" / "relevance_ray")
 
 
-def publish_folder(local: Path, path: str) -> None:
-    """Put a finished local folder at its final path: by one rename on disk, by upload on S3 (where the step's own done
-    marker, written after it, makes it count)."""
+def publish_folder(local: Path, path: str, last: str = "") -> None:
+    """Put a finished local folder at its final path: by one rename on disk, by upload on S3, where the file `last`, if one
+    is named, comes after all others and makes the folder count."""
     if is_remote(path):
         remove_tree(path)
+        names = [file.relative_to(local).as_posix() for file in sorted(local.rglob("*")) if file.is_file()]
+        first = [name for name in names if name != last]
         with opened(path) as (fs, inner):
-            fs.put(str(local).rstrip("/") + "/", inner.rstrip("/") + "/", recursive=True)
+            fs.put([str(local / name) for name in first], [f"{inner.rstrip('/')}/{name}" for name in first])
+        if last:
+            write_bytes(join(path, last), (local / last).read_bytes())
         return
     target = path.removeprefix("file://")
     remove_tree(target)

@@ -77,7 +77,7 @@ def losses_of(result: FitResult) -> list[float]:
 
 
 def weights_of(result: FitResult) -> dict[str, torch.Tensor]:
-    return load_file(result.model_folder / "model.safetensors")
+    return load_file(Path(result.model_folder) / "model.safetensors")
 
 
 def test_the_order_is_a_pure_function_of_seed_and_epoch(tmp_path: Path) -> None:
@@ -274,7 +274,7 @@ class TestRayTrain:
         np.testing.assert_allclose(two.predictions(), one.predictions(), atol=1e-3)
         alone = train(contrast, OPTIONS, tmp_path / "contrast" / "one")
         np.testing.assert_allclose(losses_of(second), losses_of(alone), rtol=1e-4)
-        assert not second.model_folder.exists()
+        assert not Path(second.model_folder).exists()
         assert [line["step"] for line in seen if line.get("part") == "first"][-1] == one.steps
         assert one.steps == 50
         assert [line["step"] for line in seen if "part" not in line][-1] == second.steps == 10

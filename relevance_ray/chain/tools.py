@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from relevance_ray.chain.folders import StepFolders
@@ -11,7 +11,7 @@ from relevance_ray.config import Config
 from relevance_ray.object_log import ObjectLog
 from relevance_ray.progress import Progress
 from relevance_ray.ray_session import check_resources, ray_session
-from relevance_ray.storage import cache_folder, fingerprint, is_remote, join, localize, publish_folder
+from relevance_ray.storage import cache_folder, fingerprint, is_remote, localize
 
 Say = Callable[[str], None]
 
@@ -39,7 +39,7 @@ class StepTools:
         return Progress(description, total, unit, log=self._log)
 
     def work_folder(self, step: str, folder: str) -> Path:
-        """A local folder for checkpoints: within the step on disk, in the cache where the root is on S3."""
+        """A folder for this process: within the step on disk, in the cache where the root is on S3."""
         cached = cache_folder() / "work" / f"{step}-{fingerprint(folder)}"
         work = cached if is_remote(folder) else Path(folder) / "work"
         work.mkdir(parents=True, exist_ok=True)
@@ -47,19 +47,3 @@ class StepTools:
 
     def prepared(self) -> Path:
         return localize(self.at.folder("prepare"))
-
-
-@contextlib.contextmanager
-def model_in(folder: str, work: Path) -> Iterator[Path]:
-    """Where training puts the model of a step folder: there at once on disk, by upload afterwards on S3."""
-    yield local_model(folder, work)
-    publish_model(folder, local_model(folder, work))
-
-
-def local_model(folder: str, work: Path) -> Path:
-    return work / "model" if is_remote(folder) else Path(folder) / "model"
-
-
-def publish_model(folder: str, model: Path) -> None:
-    if is_remote(folder):
-        publish_folder(model, join(folder, "model"))

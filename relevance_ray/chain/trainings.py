@@ -12,10 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 from relevance_ray.actor_pool import Workers
 from relevance_ray.chain.folders import VERSIONS
-from relevance_ray.chain.tools import StepTools, local_model, model_in, publish_model
+from relevance_ray.chain.tools import StepTools
 from relevance_ray.options import semantic
 from relevance_ray.progress import Progress
-from relevance_ray.storage import CommitLog, exists, fingerprint, is_remote, join, localize, publish_folder, write_json
+from relevance_ray.storage import (
+    CommitLog,
+    absolute,
+    exists,
+    fingerprint,
+    is_remote,
+    join,
+    localize,
+    publish_folder,
+    write_json,
+)
 from relevance_ray.training.options import StudentOptions
 
 if TYPE_CHECKING:
@@ -48,28 +58,28 @@ class TrainingWork:
         from relevance_ray.data.prepare import iter_products, read_scale
         from relevance_ray.training.teacher import train_teacher
 
-        prepared, work = self.tools.prepared(), self.tools.work_folder("train-teacher", folder)
-        with (
-            self.tools.progress("train-teacher", None, "steps") as progress,
-            _tracking(folder, work) as track,
-            model_in(folder, work) as model,
-        ):
+        prepared = self.tools.prepared()
+        with self.tools.progress("train-teacher", None, "steps") as progress, self._tracking(folder) as track:
             return train_teacher(
                 self.config.teacher,
                 read_scale(prepared),
-                str(prepared / "judged_groups.parquet"),
+                self._judged(),
                 partial(iter_products, prepared),
-                model,
-                work,
+                join(folder, "model"),
+                join(folder, "work"),
                 self._runner("train-teacher"),
                 on_progress=partial(_show_training, progress, track),
                 label_smoothing=self.config.data.label_smoothing,
             )
 
     def train_student(self, folder: str) -> dict[str, Any]:
-        request = self._request("train-student", self.config.student, self._label_files(), folder)
+        request = self._request(self.config.student, self._label_files(), folder)
         [summary] = self._train("train-student", {folder: request}, folder)
         return summary
+
+    def _judged(self) -> str:
+        """The file of judged groups, where all workers see it."""
+        return absolute(join(self.at.folder("prepare"), "judged_groups.parquet"))
 
     def _label_files(self, max_pairs: int | None = None) -> list[str]:
         """The files of the labels, or those that hold the first of them."""
@@ -78,22 +88,21 @@ class TrainingWork:
             records = log.committed()
             before = itertools.accumulate((records[name]["pairs"] for name in names), initial=0)
             names = [name for name, start in zip(names, before, strict=False) if start < max_pairs]
-        return [log.path(name) for name in names]
+        return [absolute(log.path(name)) for name in names]
 
     def _request(
-        self, name: str, options: StudentOptions, files: Sequence[str] | None, folder: str, **of_a_curve: Any
+        self, options: StudentOptions, files: Sequence[str] | None, folder: str, **of_a_curve: Any
     ) -> StudentRequest:
         from relevance_ray.data.prepare import read_scale
         from relevance_ray.training.student import StudentRequest
 
-        prepared, work = self.tools.prepared(), self.tools.work_folder(name, folder)
         return StudentRequest(
             options,
-            read_scale(prepared),
+            read_scale(self.tools.prepared()),
             files,
-            str(prepared / "judged_groups.parquet"),
-            local_model(folder, work),
-            work,
+            self._judged(),
+            join(folder, "model"),
+            join(folder, "work"),
             label_smoothing=self.config.data.label_smoothing,
             **of_a_curve,
         )
@@ -107,25 +116,21 @@ class TrainingWork:
         resources = self.config.resources
         num_files = max(len(request.train_files or ()) for request in requests.values())
         spread = ray_ingest(Workers(resources.train_workers, resources.cpus_per_train_worker))
-        work = self.tools.work_folder(name, tracked)
-        with self.tools.progress(name, None, "steps") as progress, _tracking(tracked, work) as track:
-            summaries = train_students(
+        with self.tools.progress(name, None, "steps") as progress, self._tracking(tracked) as track:
+            return train_students(
                 list(requests.values()),
                 self._runner(name),
                 on_progress=partial(_show_training, progress, track),
                 run_ingest=in_turn if num_files < FILES_FOR_ACTORS else spread,
                 on_ingest=lambda done, of: progress.update(part=f"tokens {done}/{of}"),
             )
-        for folder, request in requests.items():
-            publish_model(folder, request.out_dir)
-        return summaries
 
     def students_of(self, num_pairs: Sequence[int], seeds: Sequence[int]) -> list[list[Path]]:
         """Model folders of the run's student taught by the first of its labels alone, for each number of pairs one a
         seed; kept under `scaling/`."""
         inputs = [self.at.key("prepare"), self.at.key("label")]
         shared = join(self.at.root, "scaling")
-        tokens = self.tools.work_folder("scaling", shared) / fingerprint(inputs, semantic(self.config.student))
+        tokens = join(shared, "work", fingerprint(inputs, semantic(self.config.student)))
         requests: dict[str, StudentRequest] = {}
         folders: list[list[str]] = []
         for size in num_pairs:
@@ -139,13 +144,24 @@ class TrainingWork:
                 if not exists(join(folder, "step.json")):
                     part = f"{size} pairs, seed {seed}"
                     requests[folder] = self._request(
-                        "scaling", options, files, folder, max_pairs=size, part=part, tokens_dir=tokens
+                        options, files, folder, max_pairs=size, part=part, tokens_dir=tokens
                     )
         if requests:
             self.tools.say(f"scaling: training {len(requests)} students of {num_pairs[0]:,} to {num_pairs[-1]:,} pairs")
             for folder, summary in zip(requests, self._train("scaling", requests, shared), strict=True):
                 write_json(join(folder, "step.json"), {"summary": summary})
         return [[localize(join(folder, "model")) for folder in found] for found in folders]
+
+    @contextlib.contextmanager
+    def _tracking(self, folder: str) -> Iterator[OnProgress]:
+        """TensorBoard's events of a training, in `tensorboard/` of its folder; on S3 by upload afterwards."""
+        from relevance_ray.training.tracking import TensorBoard
+
+        place = self.tools.work_folder("tensorboard", folder) if is_remote(folder) else Path(folder)
+        with TensorBoard(place / "tensorboard") as board:
+            yield board
+        if is_remote(folder) and (place / "tensorboard").is_dir():
+            publish_folder(place / "tensorboard", join(folder, "tensorboard"))
 
     def human_only(self) -> Path:
         """The model folder of the same student on human labels alone: the baseline of every evaluation, kept for all
@@ -156,7 +172,7 @@ class TrainingWork:
         folder = join(self.at.root, "evaluate-baselines", f"human_only-{key}")
         if not exists(join(folder, "step.json")):
             self.tools.say(f"evaluate: training the same student on human labels alone ({folder})")
-            request = self._request("human_only", options, None, folder)
+            request = self._request(options, None, folder)
             [summary] = self._train("human_only", {folder: request}, folder)
             write_json(join(folder, "step.json"), {"fingerprint": key, "summary": summary})
         return localize(join(folder, "model"))
@@ -181,18 +197,6 @@ class TrainingWork:
             self.config.student.template(),
             self.tools.work_folder("evaluate", self.at.folder("evaluate")),
         )
-
-
-@contextlib.contextmanager
-def _tracking(folder: str, work: Path) -> Iterator[OnProgress]:
-    """TensorBoard's events of a training, in `tensorboard/` of its folder; on S3 by upload afterwards."""
-    from relevance_ray.training.tracking import TensorBoard
-
-    events = (work if is_remote(folder) else Path(folder)) / "tensorboard"
-    with TensorBoard(events) as board:
-        yield board
-    if is_remote(folder) and events.is_dir():
-        publish_folder(events, join(folder, "tensorboard"))
 
 
 def _show_training(progress: Progress, track: OnProgress, record: dict[str, Any]) -> None:

@@ -14,8 +14,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from transformers.utils import logging as transformers_logging
 
 from relevance_ray.errors import UserError
-from relevance_ray.model_folder import ModelInfo, finish_folder, staged_folder
+from relevance_ray.model_folder import INFO_FILE, ModelInfo, finish_folder, staged_folder
 from relevance_ray.models import check_layers
+from relevance_ray.storage import exists, join
 
 _DROPOUT_KEYS = (
     *("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"),  # BERT and its kin
@@ -39,7 +40,7 @@ def check_writes(name: str, source: str | Path) -> None:
 def build_start_folder(
     source: str | Path,
     info: ModelInfo,
-    out: Path,
+    out: str | Path,
     *,
     num_labels: int | None,
     num_layers: int | None,
@@ -59,7 +60,7 @@ def build_start_folder(
     Raises:
         UserError: fewer layers than asked for, or too few positions for the template's `max_tokens`.
     """
-    if out.exists():
+    if exists(join(str(out), INFO_FILE)):
         return
     config = AutoConfig.from_pretrained(source)
     check_layers(str(source), source, num_layers)

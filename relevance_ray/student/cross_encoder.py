@@ -25,7 +25,7 @@ from relevance_ray.student.packed import PairTokens, pack_texts
 from relevance_ray.student.reading import in_runs, usable_rows
 
 
-def build_cross_encoder(options: EncoderOptions, scale: LabelScale, out: Path, seed: int) -> None:
+def build_cross_encoder(options: EncoderOptions, scale: LabelScale, out: str | Path, seed: int) -> None:
     """Write the folder a student starts from: pretrained layers and a fresh head, decided by `seed`.
 
     Raises:

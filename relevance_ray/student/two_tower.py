@@ -34,7 +34,7 @@ _STRIDE = 30.0
 # small multiples of this.
 
 
-def build_two_tower(options: EncoderOptions, scale: LabelScale, out: Path, seed: int) -> None:
+def build_two_tower(options: EncoderOptions, scale: LabelScale, out: str | Path, seed: int) -> None:
     """Write the folder a student starts from: pretrained layers, without a head.
 
     Raises:

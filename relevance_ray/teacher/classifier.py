@@ -20,7 +20,7 @@ from relevance_ray.schema import LabelScale
 from relevance_ray.teacher.options import ClassifierOptions
 
 
-def build_classifier(options: ClassifierOptions, scale: LabelScale, out: Path, seed: int) -> None:
+def build_classifier(options: ClassifierOptions, scale: LabelScale, out: str | Path, seed: int) -> None:
     """Write the folder a classifier starts from: pretrained layers and a fresh head, decided by `seed`.
 
     Raises:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 KEPT = 2
+STATE_FILE = "state.json"
 
 
 @dataclass
@@ -62,7 +63,7 @@ def save_checkpoint(
     partial.mkdir(parents=True)
     torch.save(weights, partial / "weights.pt")
     torch.save(optimizer, partial / "optimizer.pt")
-    (partial / "state.json").write_text(json.dumps(asdict(state)), encoding="utf-8")
+    (partial / STATE_FILE).write_text(json.dumps(asdict(state)), encoding="utf-8")
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     for old in _checkpoints(folder)[:-KEPT]:
@@ -79,7 +80,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
     return (
         load_file(found[-1] / "weights.pt"),
         load_file(found[-1] / "optimizer.pt"),
-        LoopState(**json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))),
+        LoopState(**json.loads((found[-1] / STATE_FILE).read_text(encoding="utf-8"))),
     )
 
 

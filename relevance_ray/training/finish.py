@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,13 +12,17 @@ from relevance_ray.calibration import OrdinalCalibration
 from relevance_ray.errors import UserError
 from relevance_ray.model_folder import INFO_FILE, finish_folder, read_model_info, staged_folder
 from relevance_ray.schema import LabelScale
+from relevance_ray.storage import join, localize, read_json, remove_tree
 from relevance_ray.student.collate import grade_distributions, read_judged_split
 from relevance_ray.training.fit import FitResult
 
 
-def finished_summary(out_dir: Path) -> dict[str, Any] | None:
+def finished_summary(out_dir: str) -> dict[str, Any] | None:
     """What the training said that finished this folder, or None where there is no finished folder."""
-    return dict(read_model_info(out_dir).extra["training"]) if (out_dir / INFO_FILE).is_file() else None
+    try:
+        return dict(read_json(join(out_dir, INFO_FILE))["extra"]["training"])
+    except FileNotFoundError:
+        return None
 
 
 def check_dev_queries(judged_file: str) -> None:
@@ -44,7 +47,7 @@ def calibrate(logits: np.ndarray, judged_file: str, scale: LabelScale) -> Ordina
 
 
 def publish_fit(
-    result: FitResult, start: Path, out_dir: Path, calibration: OrdinalCalibration, labels: str
+    result: FitResult, start: str, out_dir: str, calibration: OrdinalCalibration, labels: str
 ) -> dict[str, Any]:
     """Make the model folder of what a loop left, which began at folder `start`, and drop both. Returns the summary."""
     summary = {
@@ -56,11 +59,12 @@ def publish_fit(
         "seconds": result.seconds,
         "pairs_per_second": round(result.pairs_per_second, 2),
     }
-    trained = read_model_info(result.model_folder)
+    model = localize(result.model_folder)
+    trained = read_model_info(model)
     info = replace(trained, calibration=calibration, extra={**trained.extra, "training": summary})
     with staged_folder(out_dir) as partial:
-        shutil.copytree(result.model_folder, partial, dirs_exist_ok=True)
+        shutil.copytree(model, partial, dirs_exist_ok=True)
         finish_folder(partial, info)
-    shutil.rmtree(result.model_folder)
-    shutil.rmtree(start)
+    remove_tree(result.model_folder)
+    remove_tree(start)
     return summary

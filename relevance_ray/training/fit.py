@@ -16,6 +16,7 @@ to what one GPU trains; larger ones train by LoRA, which shrinks the buffer to t
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -32,10 +33,12 @@ from torch import nn
 
 from relevance_ray import distributed
 from relevance_ray.errors import UserError
+from relevance_ray.storage import join, read_bytes, read_json
 from relevance_ray.training import checkpoint
 from relevance_ray.training.checkpoint import LoopState
 from relevance_ray.training.options import FitOptions
 from relevance_ray.training.placement import place
+from relevance_ray.training.work_folder import WorkFolder
 
 OnProgress = Callable[[dict[str, Any]], None]
 LOG_FILE, RESULT_FILE, MODEL_FOLDER, PREDICTIONS_FILE = "log.jsonl", "result.json", "model", "predictions.npy"
@@ -93,7 +96,7 @@ class FitResult:
         metrics: dev metrics of the kept weights.
         pairs: pairs trained on, repeats counted.
         seconds: time spent in training steps, evaluation left out.
-        work_dir: holds `model/` (plain folder, where it was to be kept), `predictions.npy` and `log.jsonl`.
+        work_dir: holds `model/` (plain folder, where it was to be kept), `predictions.npy` and `log.jsonl`; local or s3://.
     """
 
     steps: int
@@ -108,26 +111,27 @@ class FitResult:
         return self.pairs / self.seconds if self.seconds else 0.0
 
     @property
-    def model_folder(self) -> Path:
-        return Path(self.work_dir) / MODEL_FOLDER
+    def model_folder(self) -> str:
+        return join(self.work_dir, MODEL_FOLDER)
 
     def predictions(self) -> np.ndarray:
         """float32 [n, K]: `Task.predict` of the kept weights."""
-        return np.load(Path(self.work_dir) / PREDICTIONS_FILE)
+        return np.load(io.BytesIO(read_bytes(join(self.work_dir, PREDICTIONS_FILE))))
 
 
-def read_result(work_dir: Path) -> FitResult | None:
+def read_result(work_dir: str | Path) -> FitResult | None:
     """The result of a loop that ended, else None."""
-    path = work_dir / RESULT_FILE
-    if not path.is_file():
+    try:
+        found = read_json(join(str(work_dir), RESULT_FILE))
+    except FileNotFoundError:
         return None
-    return FitResult(**{**json.loads(path.read_text(encoding="utf-8")), "work_dir": str(work_dir)})
+    return FitResult(**{**found, "work_dir": str(work_dir)})
 
 
 def fit(
     task: Task,
     options: FitOptions,
-    work_dir: Path,
+    work_dir: str | Path,
     on_progress: OnProgress | None = None,
     keep_model: bool = True,
 ) -> FitResult:
@@ -136,8 +140,8 @@ def fit(
     Args:
         task: its model is trained in place.
         options: the loop's options.
-        work_dir: where checkpoints, log and result go; one file system for all workers. A run killed at any moment
-            continues from its last checkpoint when called again, and one that ended returns at once.
+        work_dir: where checkpoints, log and result go, local or s3://; only worker 0 reads and writes there. A run killed
+            at any moment continues from its last checkpoint when called again, and one that ended returns at once.
         on_progress: called on worker 0 with each line of the log.
         keep_model: write the model, or only its predictions.
 
@@ -147,18 +151,18 @@ def fit(
     Raises:
         UserError: the loss stopped being finite.
     """
-    finished = distributed.broadcast_object(read_result(work_dir))
+    finished = distributed.broadcast_object(read_result(work_dir) if distributed.rank() == 0 else None)
     if finished is not None:
         return finished
-    work_dir.mkdir(parents=True, exist_ok=True)
-    loop = _Loop(task, options, work_dir, on_progress)
+    loop = _Loop(task, options, WorkFolder(work_dir), on_progress)
     loop.run()
     return loop.finish(keep_model)
 
 
 class _Loop:
-    def __init__(self, task: Task, options: FitOptions, work_dir: Path, on_progress: OnProgress | None) -> None:
-        self.task, self.options, self.work_dir, self.on_progress = task, options, work_dir, on_progress
+    def __init__(self, task: Task, options: FitOptions, folder: WorkFolder, on_progress: OnProgress | None) -> None:
+        self.task, self.options, self.folder, self.on_progress = task, options, folder, on_progress
+        self.work_dir = folder.local  # worker 0's alone
         self.rank, self.world = distributed.rank(), distributed.world_size()
         self.device = training_device()
         self.placed = place(task.model, self.device, options)
@@ -170,10 +174,19 @@ class _Loop:
         self.steps_per_epoch = math.ceil(self.num_examples / options.batch_size)
         self.num_steps = self.steps_per_epoch * options.epochs
         self.eval_every = options.eval_every or self.steps_per_epoch
-        self.checkpoints = work_dir / "checkpoints"
+        self.checkpoints = self.work_dir / "checkpoints"
         self.state = LoopState()
-        if (found := checkpoint.load_checkpoint(self.checkpoints)) is not None:
-            weights, optimizer, self.state = found
+        self._resume()
+
+    def _resume(self) -> None:
+        """Go on from the latest checkpoint, which worker 0 has, where there is one."""
+        found = None
+        if self.rank == 0:
+            self.folder.open()
+            found = checkpoint.load_checkpoint(self.checkpoints)
+        weights, optimizer, state = found or ({}, {}, None)
+        if (state := distributed.broadcast_object(state)) is not None:
+            self.state = state
             self.placed.load_optimizer_state(optimizer)
             self.placed.load_weights(weights)
 
@@ -197,13 +210,13 @@ class _Loop:
 
     def finish(self, keep_model: bool) -> FitResult:
         """Put the best weights back, predict, and write model (if wanted), predictions and result, in this order."""
-        weights = checkpoint.load_file(self._best_file())
+        weights = checkpoint.load_file(self._best_file()) if self.rank == 0 else {}
         self.placed.load_weights(weights)
         self.model.eval()
         predictions = self.task.predict()
         state = self.state
         result = FitResult(
-            state.step, state.best_step, state.best_metrics, state.pairs, round(state.seconds, 3), str(self.work_dir)
+            state.step, state.best_step, state.best_metrics, state.pairs, round(state.seconds, 3), self.folder.path
         )
         if self.rank == 0:
             partial, final = self.work_dir / f".{MODEL_FOLDER}", self.work_dir / MODEL_FOLDER
@@ -216,6 +229,7 @@ class _Loop:
             _write_json(self.work_dir / RESULT_FILE, asdict(result))
             shutil.rmtree(self.checkpoints)
             self._best_file().unlink()
+            self.folder.save()
         distributed.barrier()
         return result
 
@@ -286,6 +300,7 @@ class _Loop:
             # Only now is no checkpoint left to resume from that would want an older best.
             for file in set(self.work_dir.glob("best-*.pt")) - {self._best_file()}:
                 file.unlink()
+            self.folder.save()
         # Nobody runs ahead of a checkpoint: after a kill, all ranks load the same one.
         distributed.barrier()
 

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from relevance_ray.errors import UserError
 from relevance_ray.model_folder import ModelInfo, read_model_info
-from relevance_ray.storage import fingerprint
+from relevance_ray.storage import absolute, file_sizes, fingerprint, join, localize
 from relevance_ray.student.collate import encode_groups, join_groups, read_training_table
 from relevance_ray.student.reading import Reader
 from relevance_ray.student.token_files import groups_bytes
@@ -43,8 +43,9 @@ class IngestSpec:
 
     def open(self) -> Callable[[Sequence[str], str], int]:
         """A function from files of labeled (or judged) groups and the file to write to the number of pairs in it."""
-        info: ModelInfo = read_model_info(self.start)
-        reader: Reader = reader_of(info, AutoTokenizer.from_pretrained(self.start))
+        start = localize(self.start)
+        info: ModelInfo = read_model_info(start)
+        reader: Reader = reader_of(info, AutoTokenizer.from_pretrained(start))
 
         def work(sources: Sequence[str], target: str) -> int:
             found = [
@@ -86,7 +87,7 @@ def in_turn(spec: IngestSpec, items: Sequence[Item]) -> Iterator[int]:
 def ingest(
     spec: IngestSpec,
     sources: Sequence[str],
-    folder: Path,
+    folder: str | Path,
     run: RunItems = in_turn,
     on_file: Callable[[int, int], None] | None = None,
 ) -> list[str]:
@@ -94,7 +95,7 @@ def ingest(
 
     Args:
         sources: Parquet files of labeled groups, or of judged ones, of which split train is used.
-        folder: keeps the token files, on a file system that all workers see; of this spec and no other.
+        folder: keeps the token files, where all workers see them, local or s3://; of this spec and no other.
         run: does those that are missing.
         on_file: told how many files are done, and of how many.
 
@@ -103,15 +104,27 @@ def ingest(
     """
     each = max(1, -(-len(sources) // MAX_FILES))
     shares = [list(sources[start : start + each]) for start in range(0, len(sources), each)]
-    items: list[Item] = [
-        {"sources": share, "target": str(folder / f"{Path(share[0]).stem}-{fingerprint(share)[:8]}.arrow")}
-        for share in shares
+    folder = absolute(folder)
+    names = [f"{Path(share[0]).stem}-{fingerprint(share)[:8]}.arrow" for share in shares]
+    there = _sizes(folder)
+    missing: list[Item] = [
+        {"sources": share, "target": join(folder, name)}
+        for share, name in zip(shares, names, strict=True)
+        if name not in there
     ]
-    missing = [item for item in items if not Path(item["target"]).exists()]
     for count, _ in enumerate(run(spec, missing) if missing else (), start=1):
         if on_file is not None:
             on_file(count, len(missing))
-    found = [item["target"] for item in items if Path(item["target"]).stat().st_size]
+    there = _sizes(folder)
+    found = [join(folder, name) for name in names if there[name]]
     if not found:
         raise UserError("there is no group with two labeled products to train on; look at the errors of the label step")
     return found
+
+
+def _sizes(folder: str) -> dict[str, int]:
+    """Name -> bytes of the files in a folder that may not be there yet."""
+    try:
+        return file_sizes(folder)
+    except FileNotFoundError:
+        return {}

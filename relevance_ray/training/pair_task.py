@@ -19,6 +19,7 @@ from relevance_ray.calibration import logit_of_classes
 from relevance_ray.engines.encoding import PairEncoder
 from relevance_ray.engines.transformers import as_class_logits, gains_of
 from relevance_ray.model_folder import ModelInfo, read_model_info, write_model_info
+from relevance_ray.storage import localize
 from relevance_ray.student import collate
 from relevance_ray.student.cross_encoder import CrossReader
 from relevance_ray.student.packed import PairTokens
@@ -33,7 +34,7 @@ class PairTask:
     """What all tasks share: a model that reads pairs, and its dev queries.
 
     Args:
-        start: the model folder to start from.
+        start: the model folder to start from, local or s3://, as is the file of judged groups.
         judged_file: judged groups; those of split dev are evaluated on.
         model: what is trained.
         net: the part of it that reads.
@@ -46,10 +47,10 @@ class PairTask:
     num_pairs: np.ndarray
 
     def __init__(self, start: str, judged_file: str) -> None:
-        self.info = read_model_info(start)
-        self.tokenizer = AutoTokenizer.from_pretrained(start)
+        self._start = localize(start)
+        self.info = read_model_info(self._start)
+        self.tokenizer = AutoTokenizer.from_pretrained(self._start)
         self.reader = reader_of(self.info, self.tokenizer)
-        self._start = start
         self.net = self.open_net()
         self.model = self.open_model(self.net)
         num_labels = 1 if isinstance(self.net, TwoTower) else self.net.config.num_labels

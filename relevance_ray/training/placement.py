@@ -8,7 +8,7 @@ run may go on under the other, and on another number of workers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -48,13 +48,13 @@ class Placement(Protocol):
         """The trained weights, whole, on worker 0's CPU; nothing on the others."""
 
     def load_weights(self, weights: Weights) -> None:
-        """Put whole weights back, the same on every worker."""
+        """Put worker 0's whole weights back on all workers; the others give none."""
 
     def optimizer_state(self) -> dict[str, Any]:
         """The optimizer's state, whole, on worker 0's CPU; nothing on the others."""
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
-        """Put a whole state back, the same on every worker."""
+        """Put worker 0's whole state back on all workers; the others give none."""
 
 
 class Replicated:
@@ -83,17 +83,19 @@ class Replicated:
         return _on_worker_0(_trained(self.model))
 
     def load_weights(self, weights: Weights) -> None:
-        load_trained_weights(self.model, weights)
+        if distributed.rank() == 0:
+            load_trained_weights(self.model, weights)
+        for parameter in self._parameters:
+            distributed.broadcast(parameter.data)
 
     def optimizer_state(self) -> dict[str, Any]:
         return self.optimizer.state_dict() if distributed.rank() == 0 else {}
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
-        # Copies, since a checkpoint's tensors are mapped files, which are deleted one day.
-        copies = {
-            index: {key: value.clone() for key, value in values.items()} for index, values in state["state"].items()
-        }
-        self.optimizer.load_state_dict({**state, "state": copies})
+        device = self._parameters[0].device
+        self.optimizer.load_state_dict(
+            _state_from_worker_0(state, lambda _, value: distributed.broadcast(value.to(device, copy=True)))
+        )
 
 
 class Sharded:
@@ -127,9 +129,9 @@ class Sharded:
 
     def load_weights(self, weights: Weights) -> None:
         with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                if parameter.requires_grad:
-                    parameter.copy_(_share_of(parameter, weights[name]))
+            for name, parameter in _trained(self.model).items():
+                value = weights[name] if distributed.rank() == 0 else torch.empty(parameter.shape)
+                parameter.copy_(_share_of(parameter, value))
 
     def optimizer_state(self) -> dict[str, Any]:
         state = self.optimizer.state_dict()
@@ -138,14 +140,13 @@ class Sharded:
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        shares = {
-            index: {
-                key: _share_of(parameters[index], value) if value.ndim else value.clone()
-                for key, value in values.items()
-            }
-            for index, values in state["state"].items()
-        }
-        self.optimizer.load_state_dict({**state, "state": shares})
+
+        def share(index: int, value: torch.Tensor) -> torch.Tensor:
+            if value.ndim:
+                return _share_of(parameters[index], value)
+            return distributed.broadcast(value.to(parameters[index].device, copy=True))
+
+        self.optimizer.load_state_dict(_state_from_worker_0(state, share))
 
 
 def place(model: nn.Module, device: torch.device, options: FitOptions) -> Placement:
@@ -184,6 +185,25 @@ def _on_worker_0(tensors: Mapping[str, torch.Tensor]) -> Weights:
         if distributed.rank() == 0:
             kept[name] = whole.cpu().clone()
     return kept
+
+
+def _state_from_worker_0(state: dict[str, Any], share: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
+    """An optimizer's state on all workers of what worker 0 has, each tensor shared by `share`. Collective."""
+    known = {
+        "param_groups": state.get("param_groups"),
+        "shapes": {
+            index: {key: (value.shape, value.dtype) for key, value in values.items()}
+            for index, values in state.get("state", {}).items()
+        },
+    }
+    known = distributed.broadcast_object(known)
+    tensors: dict[int, dict[str, torch.Tensor]] = {}
+    for index, shapes in known["shapes"].items():
+        tensors[index] = {}
+        for key, (shape, dtype) in shapes.items():
+            value = state["state"][index][key] if distributed.rank() == 0 else torch.empty(shape, dtype=dtype)
+            tensors[index][key] = share(index, value)
+    return {"state": tensors, "param_groups": known["param_groups"]}
 
 
 def _share_of(parameter: Any, value: torch.Tensor) -> torch.Tensor:

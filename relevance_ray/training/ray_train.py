@@ -2,38 +2,37 @@
 
 Ray Train starts the workers, joins them in a process group, and starts them again when one dies; checkpoints, log and result
 are the loop's own and lie in the work folder, so a run continues after the death of a worker, of the driver, or of the whole
-cluster alike. The price is that the work folder must be on a file system that all workers see.
+cluster alike. What worker 0 logs, and what the user must mend, reaches the driver through an actor beside it.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import signal
 import threading
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import ray.train.torch
 import torch
+from pyarrow.fs import FSSpecHandler, PyFileSystem
+from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from relevance_ray.errors import UserError
-from relevance_ray.training.fit import LOG_FILE, FitResult, OnProgress, read_result
+from relevance_ray.storage import absolute, is_remote, makedirs, opened, remove_tree
+from relevance_ray.training.fit import FitResult, OnProgress, read_result
 from relevance_ray.training.runners import Job, Runner, local_runner
-from relevance_ray.whole_files import write_bytes
 
 MAX_FAILURES = 2
 """Deaths of workers that a training survives."""
 # How often the controller looks at its workers; the default of 2 s is waited for at each end of a training.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-_ERROR_FILE = "user_error.json"
 _POLL_SECONDS = 0.5
 
 
@@ -48,7 +47,7 @@ def ray_runner(num_workers: int, cpus_per_worker: int = 1, use_gpu: bool = False
     """
 
     def run(jobs: Sequence[Job], on_progress: OnProgress | None = None) -> list[FitResult]:
-        jobs = [replace(job, work_dir=job.work_dir.absolute()) for job in jobs]
+        jobs = [replace(job, work_dir=absolute(job.work_dir)) for job in jobs]
         open_jobs = [job for job in jobs if read_result(job.work_dir) is None]
         if open_jobs:
             _train(open_jobs, on_progress)
@@ -59,15 +58,17 @@ def ray_runner(num_workers: int, cpus_per_worker: int = 1, use_gpu: bool = False
         return results
 
     def _train(jobs: list[Job], on_progress: OnProgress | None) -> None:
-        ray_dir = jobs[0].work_dir / "ray"
-        ray_dir.mkdir(parents=True, exist_ok=True)
-        error_file = ray_dir / _ERROR_FILE
-        error_file.unlink(missing_ok=True)
+        ray_dir = f"{jobs[0].work_dir}-ray"
+        remove_tree(ray_dir)
+        makedirs(ray_dir)
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        board = ray.remote(_Board).options(num_cpus=0, scheduling_strategy=here).remote()
         trainer = TorchTrainer(
             _worker,
             train_loop_config={
                 "jobs": jobs,
-                "error_file": str(error_file),
+                "board": board,
+                "follow": on_progress is not None,
                 "num_threads": cpus_per_worker,
                 "use_gpu": use_gpu,
             },
@@ -78,16 +79,16 @@ def ray_runner(num_workers: int, cpus_per_worker: int = 1, use_gpu: bool = False
             run_config=RunConfig(
                 # Ray's own state of a run must not be found again: what continues is our checkpoint.
                 name=f"{name}-{uuid.uuid4().hex[:8]}",
-                storage_path=str(ray_dir),
+                **_storage(ray_dir),
                 failure_config=FailureConfig(max_failures=MAX_FAILURES * len(jobs)),
             ),
         )
-        with _interruptible(), _follow(jobs, on_progress):
+        with _interruptible(), _follow(board, on_progress):
             trainer.fit()
-        if error_file.is_file():
-            raise UserError(json.loads(error_file.read_text(encoding="utf-8"))["message"])
-        if all(read_result(job.work_dir) is not None for job in jobs):
-            shutil.rmtree(ray_dir, ignore_errors=True)
+        error = ray.get(board.error.remote())
+        remove_tree(ray_dir)
+        if error:
+            raise UserError(error)
 
     return run
 
@@ -98,11 +99,16 @@ def _worker(config: dict[str, Any]) -> None:
         torch.cuda.set_device(ray.train.torch.get_device())
     else:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that was not asked for is somebody else's
+    board = config["board"]
+
+    def tell(record: dict[str, Any]) -> None:
+        board.put.remote(record)
+
     try:
-        local_runner(config["jobs"])
+        local_runner(config["jobs"], tell if config["follow"] else None)
     except UserError as error:
         # The same data fails on every worker, and again on a restart: tell the driver instead of retrying.
-        write_bytes(config["error_file"], json.dumps({"message": str(error)}).encode("utf-8"))
+        ray.get(board.fail.remote(str(error)))
 
 
 @contextmanager
@@ -120,31 +126,20 @@ def _interruptible() -> Iterator[None]:
 
 
 @contextmanager
-def _follow(jobs: Sequence[Job], on_progress: OnProgress | None) -> Iterator[None]:
-    """Call `on_progress` with each new line of the jobs' logs."""
+def _follow(board: Any, on_progress: OnProgress | None) -> Iterator[None]:
+    """Call `on_progress` with each line that comes to the board."""
     if on_progress is None:
         yield
         return
     stop = threading.Event()
-    logs = [(job.work_dir / LOG_FILE, job.progress(on_progress)) for job in jobs]
-    seen = [_size(log) for log, _ in logs]
 
     def poll() -> None:
         ended = False
         while not ended:
             ended = stop.wait(_POLL_SECONDS)
-            for index, (log, show) in enumerate(logs):
-                if show is None or (size := _size(log)) == seen[index]:
-                    continue
-                # Shorter than it was: a resumed run has dropped the lines of steps that it takes again.
-                start = min(seen[index], size)
-                with open(log, "rb") as file:
-                    file.seek(start)
-                    *lines, rest = file.read().split(b"\n")
-                    seen[index] = file.tell() - len(rest)
-                for line in lines:
-                    if line.startswith(b"{"):
-                        show(json.loads(line))
+            with suppress(RayError):  # a driver that was stopped takes its actors along
+                for record in ray.get(board.take.remote()):
+                    on_progress(record)
 
     thread = threading.Thread(target=poll, name="training-log", daemon=True)
     thread.start()
@@ -155,5 +150,31 @@ def _follow(jobs: Sequence[Job], on_progress: OnProgress | None) -> Iterator[Non
         thread.join()
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
+class _Board:
+    """Where workers put what the driver should know; an actor."""
+
+    def __init__(self) -> None:
+        self._records: list[dict[str, Any]] = []
+        self._error = ""
+
+    def put(self, record: dict[str, Any]) -> None:
+        self._records.append(record)
+
+    def take(self) -> list[dict[str, Any]]:
+        """The lines that came since they were last taken."""
+        taken, self._records = self._records, []
+        return taken
+
+    def fail(self, message: str) -> None:
+        self._error = message
+
+    def error(self) -> str:
+        return self._error
+
+
+def _storage(path: str) -> dict[str, Any]:
+    """Where Ray keeps its own state of a run: through our file systems, so that one configuration of a store serves both."""
+    if not is_remote(path):
+        return {"storage_path": path}
+    with opened(path) as (fs, inner):
+        return {"storage_path": inner, "storage_filesystem": PyFileSystem(FSSpecHandler(fs))}

@@ -19,14 +19,14 @@ class Job:
     Attributes:
         spec: of the task.
         options: the loop's.
-        work_dir: where the loop keeps checkpoints, log and result.
+        work_dir: where the loop keeps checkpoints, log and result; local or s3://.
         part: what it is of a larger whole ("member 0, fold 1 of 2"); stands in the lines that progress shows.
         keep_model: whether the model is wanted afterwards, or only its predictions.
     """
 
     spec: TaskSpec
     options: FitOptions
-    work_dir: Path
+    work_dir: str | Path
     part: str = ""
     keep_model: bool = True
 
@@ -50,7 +50,7 @@ def local_runner(jobs: Sequence[Job], on_progress: OnProgress | None = None) -> 
     """Train in this process, which is one worker (or one of `torchrun`'s)."""
     results = []
     for job in jobs:
-        result = distributed.broadcast_object(read_result(job.work_dir))
+        result = distributed.broadcast_object(read_result(job.work_dir) if distributed.rank() == 0 else None)
         if result is None:
             result = fit(
                 job.spec.build(distributed.rank(), distributed.world_size()),  # no name holds on to it: it is large

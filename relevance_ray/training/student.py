@@ -6,15 +6,14 @@ same loop, other labels.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from relevance_ray.calibration import logit_of_classes
 from relevance_ray.engines.base import SINGLE_LOGIT_GAINS
 from relevance_ray.schema import LabelScale
+from relevance_ray.storage import absolute, join, remove_tree
 from relevance_ray.student.cross_encoder import build_cross_encoder
 from relevance_ray.student.two_tower import build_two_tower
 from relevance_ray.training.finish import calibrate, check_dev_queries, finished_summary, publish_fit
@@ -35,28 +34,29 @@ class StudentRequest:
         train_files: Parquet files of labeled groups; None trains on the human judgments alone.
         judged_file: judged groups: split dev chooses the weights and calibrates, split train is the baseline's data.
         out_dir: the model folder; it appears whole. One that is there already is left as it is.
-        work_dir: checkpoints and log, on a file system that all workers see. A killed run continues from it.
+        work_dir: checkpoints and log. A killed run continues from it. These places are local, on a file system that all
+            workers see, or s3://.
         max_pairs: only the first groups, of so many pairs together at most, for a scaling curve.
         label_smoothing: mass of a human grade that leaks to its neighbours, where classes are distilled.
         part: what it is of several, for the live line.
         tokens_dir: keeps token files while students train that differ in seed and `max_pairs` alone; in `work_dir` where
-            it is None.
+            none is named.
     """
 
     options: StudentOptions
     scale: LabelScale
     train_files: Sequence[str] | None
     judged_file: str
-    out_dir: Path
-    work_dir: Path
+    out_dir: str
+    work_dir: str
     max_pairs: int | None = None
     label_smoothing: float = 0.0
     part: str = ""
-    tokens_dir: Path | None = None
+    tokens_dir: str = ""
 
     @property
-    def token_folder(self) -> Path:
-        return (self.tokens_dir or self.work_dir / "tokens").absolute()
+    def token_folder(self) -> str:
+        return absolute(self.tokens_dir or join(self.work_dir, "tokens"))
 
 
 def train_students(
@@ -86,8 +86,7 @@ def train_students(
     for request, result in zip(missing, runner(jobs, on_progress) if jobs else (), strict=True):
         finish_student(request, result)
     for folder in {request.token_folder for request in requests}:
-        if folder.exists():
-            shutil.rmtree(folder)
+        remove_tree(folder)
     summaries = [finished_summary(request.out_dir) for request in requests]
     return [summary for summary in summaries if summary is not None]
 
@@ -104,15 +103,15 @@ def student_job(
     """What workers are given: the start folder and the token files are made where they are missing."""
     options, judged_file = request.options, request.judged_file
     check_dev_queries(judged_file)
-    start = (request.work_dir / "start").absolute()
+    start = absolute(join(request.work_dir, "start"))
     build = build_two_tower if options.kind == "two_tower" else build_cross_encoder
     build(options, request.scale, start, options.fit.seed)
-    how = IngestSpec(str(start), options, request.label_smoothing)
+    how = IngestSpec(start, options, request.label_smoothing)
     sources = [judged_file] if request.train_files is None else list(request.train_files)
     tokens = ingest(how, sources, request.token_folder, run_ingest, on_ingest)
     human = ingest(how, [judged_file], request.token_folder) if options.human_share else []
     spec = StudentTaskSpec(how.start, tokens, judged_file, options, human, request.max_pairs)
-    return Job(spec, options.fit, request.work_dir / "fit", request.part)
+    return Job(spec, options.fit, absolute(join(request.work_dir, "fit")), request.part)
 
 
 def finish_student(request: StudentRequest, result: FitResult) -> None:
@@ -120,4 +119,4 @@ def finish_student(request: StudentRequest, result: FitResult) -> None:
     logits = logit_of_classes(result.predictions(), SINGLE_LOGIT_GAINS)
     calibration = calibrate(logits, request.judged_file, request.scale)
     labels = "human judgments" if request.train_files is None else "teacher"
-    publish_fit(result, request.work_dir / "start", request.out_dir, calibration, labels)
+    publish_fit(result, join(request.work_dir, "start"), request.out_dir, calibration, labels)

@@ -13,6 +13,7 @@ from torch import nn
 
 from relevance_ray import losses
 from relevance_ray.errors import UserError
+from relevance_ray.storage import localize
 from relevance_ray.student.collate import TrainingGroups, join_groups
 from relevance_ray.student.token_files import GroupFiles
 from relevance_ray.student.two_tower import TowerReader
@@ -26,7 +27,7 @@ THRESHOLD_STRIDE = 30.0
 
 @dataclass(frozen=True)
 class StudentTaskSpec:
-    """A student's task: paths and options, built anew in each worker.
+    """A student's task: paths (local or s3://) and options, built anew in each worker.
 
     Attributes:
         start: folder of the model to start from.
@@ -53,10 +54,10 @@ class StudentTask(PairTask):
 
     def __init__(self, spec: StudentTaskSpec) -> None:
         self.options = options = spec.options
-        generated = GroupFiles([Path(file) for file in spec.token_files], spec.max_pairs)
+        generated = GroupFiles(_local(spec.token_files), spec.max_pairs)
         self.thresholds = OrdinalThresholds(generated.num_classes) if options.kl_weight else None
         super().__init__(spec.start, spec.judged_file)
-        human = GroupFiles([Path(file) for file in spec.human_files])
+        human = GroupFiles(_local(spec.human_files))
         self.sources = generated, human
         self.num_generated = len(generated.sizes)
         num_human = 0
@@ -131,6 +132,12 @@ class StudentTask(PairTask):
         if self.contrast is not None:
             total = total + options.infonce_weight * self.contrast.loss(examples, queries, products, batch)
         return total.sum()
+
+
+def _local(files: Sequence[str]) -> list[Path]:
+    """The files as they lie on this machine; those of a folder are fetched at once."""
+    folders = {folder: localize(folder) for folder in {file.rsplit("/", 1)[0] for file in files}}
+    return [folders[file.rsplit("/", 1)[0]] / file.rsplit("/", 1)[1] for file in files]
 
 
 class OrdinalThresholds(nn.Module):

@@ -7,6 +7,7 @@ each fold, to predict it, and once on everything, to be used. That is the price 
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from relevance_ray.engines.registry import load_pair_model
 from relevance_ray.model_folder import ModelInfo, read_model_info, staged_folder, write_model_info
 from relevance_ray.models import resolve_model
 from relevance_ray.schema import LabelScale
+from relevance_ray.storage import absolute, join, localize, remove_tree
 from relevance_ray.student.collate import flatten_groups, grade_distributions, read_judged_split
 from relevance_ray.teacher.classifier import build_classifier
 from relevance_ray.teacher.options import ClassifierOptions
@@ -40,8 +42,8 @@ def train_teacher(
     scale: LabelScale,
     judged_file: str,
     products: Products,
-    out_dir: Path,
-    work_dir: Path,
+    out_dir: str,
+    work_dir: str,
     runner: Runner = local_runner,
     on_progress: OnProgress | None = None,
     label_smoothing: float = 0.1,
@@ -54,7 +56,8 @@ def train_teacher(
         judged_file: judged groups: split train is learnt, split dev chooses the weights and calibrates.
         products: gives the catalog in blocks of the PRODUCT schema; asked for only where a member is BM25.
         out_dir: the model folder; it appears whole. One that is there already is left as it is.
-        work_dir: what an ended fold or member leaves is kept here, so that a killed run continues at the next.
+        work_dir: what an ended fold or member leaves is kept here, so that a killed run continues at the next. Both are
+            local, on a file system that all workers see, or s3://.
         runner: `local_runner`, or one from `ray_runner`.
         on_progress: called with lines of the log; in an ensemble each has a `part` ("member 0, fold 1 of 2").
         label_smoothing: mass of a grade that leaks to its neighbours where a single rater gave it.
@@ -72,7 +75,7 @@ def train_teacher(
     if options.kind == "ensemble":
         return trainer.ensemble(options, out_dir, work_dir)
     if options.kind == "bi_encoder":
-        return trainer.untrained(options, "bi_encoder", out_dir, work_dir)
+        return trainer.untrained(options, "bi_encoder", out_dir)
     return trainer.classifier(options, out_dir, work_dir)
 
 
@@ -123,45 +126,44 @@ class _Trainer:
         self.scale, self.judged_file, self.products = scale, judged_file, products
         self.runner, self.on_progress, self.label_smoothing = runner, on_progress, label_smoothing
 
-    def classifier(self, member: TeacherMemberOptions, out_dir: Path, work_dir: Path) -> dict[str, Any]:
+    def classifier(self, member: TeacherMemberOptions, out_dir: str, work_dir: str) -> dict[str, Any]:
         """Train one classifier on all train judgments and calibrate it."""
         [result] = self.runner([self._full_job(member, work_dir)], self.on_progress)
         return self._publish_classifier(member, result, out_dir, work_dir)
 
-    def _full_job(self, member: TeacherMemberOptions, work_dir: Path, part: str = "") -> Job:
-        start = work_dir / "start"
-        if read_result(work_dir / "fit") is None:
+    def _full_job(self, member: TeacherMemberOptions, work_dir: str, part: str = "") -> Job:
+        start, fit = join(work_dir, "start"), join(work_dir, "fit")
+        if read_result(fit) is None:
             build_classifier(member, self.scale, start, member.fit.seed)
-        return Job(self._spec(member, start), member.fit, work_dir / "fit", part)
+        return Job(self._spec(member, start), member.fit, fit, part)
 
     def _publish_classifier(
-        self, member: TeacherMemberOptions, result: FitResult, out_dir: Path, work_dir: Path
+        self, member: TeacherMemberOptions, result: FitResult, out_dir: str, work_dir: str
     ) -> dict[str, Any]:
         logits = logit_of_classes(result.predictions(), self._gains(member))
         calibration = calibrate(logits, self.judged_file, self.scale)
-        return publish_fit(result, work_dir / "start", out_dir, calibration, labels="human judgments")
+        return publish_fit(result, join(work_dir, "start"), out_dir, calibration, labels="human judgments")
 
-    def untrained(self, options: TeacherMemberOptions, kind: str, out_dir: Path, work_dir: Path) -> dict[str, Any]:
+    def untrained(self, options: TeacherMemberOptions, kind: str, out_dir: str) -> dict[str, Any]:
         """A bi-encoder or BM25 as it is, calibrated."""
         if (summary := finished_summary(out_dir)) is not None:
             return summary
-        plain = work_dir / "plain"
-        if not plain.exists():
-            _untrained_member(options, kind, self.scale, self.products, plain)
-        calibration = calibrate(self._logits(plain, "dev"), self.judged_file, self.scale)
         summary = {"labels": "none", "kind": kind}
-        _publish(plain, out_dir, calibration, summary)
+        with tempfile.TemporaryDirectory() as scratch:
+            plain = _untrained_member(options, kind, self.scale, self.products, Path(scratch) / "model")
+            calibration = calibrate(self._logits(plain, "dev"), self.judged_file, self.scale)
+            _publish(plain, out_dir, calibration, summary)
         return summary
 
-    def ensemble(self, options: TeacherOptions, out_dir: Path, work_dir: Path) -> dict[str, Any]:
+    def ensemble(self, options: TeacherOptions, out_dir: str, work_dir: str) -> dict[str, Any]:
         """Members, their out-of-fold logits, the stack, its calibration."""
-        places = [work_dir / f"member-{number}" for number in range(len(options.members))]
+        places = [join(work_dir, f"member-{number}") for number in range(len(options.members))]
         judged = read_judged_split(self.judged_file, "train")
         flat = flatten_groups(judged)
         trained = self._train_members(options, places)
         train_logits, dev_logits, summaries = [], [], []
         for number, (member, place) in enumerate(zip(options.members, places, strict=True)):
-            folder = place / "model"
+            folder = join(place, "model")
             if member.kind == "classifier":
                 *folds, full = trained[number]
                 fold_of_pair = query_folds(flat.queries, options.folds)
@@ -170,12 +172,14 @@ class _Trainer:
                     held_out = fold_of_pair == fold
                     logits[held_out] = logit_of_classes(result.predictions()[held_out], self._gains(member))
                 train_logits.append(logits)
-                summary = finished_summary(folder) or self._publish_classifier(member, full, folder, place / "full")
+                summary = finished_summary(folder) or self._publish_classifier(
+                    member, full, folder, join(place, "full")
+                )
                 summaries.append(summary)
             else:
-                summaries.append(self.untrained(member, member.kind, folder, place))
-                train_logits.append(self._logits(folder, "train"))
-            dev_logits.append(self._logits(folder, "dev"))
+                summaries.append(self.untrained(member, member.kind, folder))
+                train_logits.append(self._logits(localize(folder), "train"))
+            dev_logits.append(self._logits(localize(folder), "dev"))
         features = np.stack(train_logits, axis=1)
         target = grade_distributions(judged, self.scale, self.label_smoothing)
         groups = np.repeat(np.arange(judged.num_rows), np.diff(flat.offsets))
@@ -184,28 +188,28 @@ class _Trainer:
         dev = logit_of_classes(stack_logits(np.stack(dev_logits, axis=1), stack), self.scale.gains)
         calibration = calibrate(dev, self.judged_file, self.scale)
         summary = {"labels": "human judgments", "kind": "ensemble", "folds": options.folds, "members": summaries}
-        plain = work_dir / "plain"
-        shutil.rmtree(plain, ignore_errors=True)
-        build_ensemble_folder([place / "model" for place in places], stack, self.scale, plain)
-        _publish(plain, out_dir, calibration, summary)
+        with tempfile.TemporaryDirectory() as scratch:
+            members = [localize(join(place, "model")) for place in places]
+            plain = build_ensemble_folder(members, stack, self.scale, Path(scratch) / "model")
+            _publish(plain, out_dir, calibration, summary)
         for place in places:  # the members lie in the ensemble's folder now
-            for left in (place / "model", place / "full" / "start"):
-                shutil.rmtree(left, ignore_errors=True)
+            for left in (join(place, "model"), join(place, "full", "start")):
+                remove_tree(left)
         return summary
 
-    def _train_members(self, options: TeacherOptions, places: Sequence[Path]) -> dict[int, list[FitResult]]:
+    def _train_members(self, options: TeacherOptions, places: Sequence[str]) -> dict[int, list[FitResult]]:
         """Results of each classifier among the members: without fold 0, without fold 1, ..., and on everything."""
         jobs: dict[int, list[Job]] = {}
         for number, (member, place) in enumerate(zip(options.members, places, strict=True)):
             if member.kind != "classifier":
                 continue
-            whole = self._full_job(member, place / "full", f"member {number}, all folds")
-            start = place / "full" / "start"
+            whole = self._full_job(member, join(place, "full"), f"member {number}, all folds")
+            start = join(place, "full", "start")
             without = [
                 Job(
                     self._spec(member, start, options.folds, fold),
                     member.fit,
-                    place / f"fold-{fold}",
+                    join(place, f"fold-{fold}"),
                     f"member {number}, fold {fold + 1} of {options.folds}",
                     keep_model=False,
                 )
@@ -216,10 +220,10 @@ class _Trainer:
         return {number: [next(results) for _ in member_jobs] for number, member_jobs in jobs.items()}
 
     def _spec(
-        self, member: TeacherMemberOptions, start: Path, folds: int = 1, held_out: int | None = None
+        self, member: TeacherMemberOptions, start: str, folds: int = 1, held_out: int | None = None
     ) -> TeacherTaskSpec:
         return TeacherTaskSpec(
-            start=str(start.absolute()),
+            start=absolute(start),
             judged_file=self.judged_file,
             lora=member.lora,
             label_smoothing=self.label_smoothing,
@@ -238,11 +242,10 @@ class _Trainer:
         return logit_of_classes(model.label_rows(flat.queries, flat.products).class_logits, model.gains)
 
 
-def _publish(plain: Path, out_dir: Path, calibration: OrdinalCalibration, summary: dict[str, Any]) -> None:
-    """Move a finished but uncalibrated folder to its place, with what was still missing."""
+def _publish(plain: Path, out_dir: str, calibration: OrdinalCalibration, summary: dict[str, Any]) -> None:
+    """Put a finished but uncalibrated folder in its place, with what was still missing."""
     info = read_model_info(plain)
     extra = {**info.extra, "training": summary}
     with staged_folder(out_dir) as partial:
         shutil.copytree(plain, partial, dirs_exist_ok=True)
         write_model_info(partial, ModelInfo(info.kind, info.scale, info.template, calibration, extra))
-    shutil.rmtree(plain)

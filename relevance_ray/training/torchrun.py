@@ -13,7 +13,6 @@ import dataclasses
 import glob
 import json
 import os
-import shutil
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -28,7 +27,7 @@ from relevance_ray.errors import UserError, what_to_mend
 from relevance_ray.options import semantic
 from relevance_ray.quiet import quiet_libraries
 from relevance_ray.schema import LabelScale
-from relevance_ray.storage import CommitLog, content_id, fingerprint
+from relevance_ray.storage import CommitLog, content_id, fingerprint, remove_tree
 from relevance_ray.training.options import FitOptions, StudentOptions
 from relevance_ray.training.runners import local_runner
 from relevance_ray.training.student import StudentRequest, finish_student, student_job
@@ -68,7 +67,7 @@ def train(arguments: argparse.Namespace) -> None:
     key = fingerprint(semantic(options), files, [os.stat(file).st_size for file in files], content_id(arguments.judged))
     work = out.with_name(f"{out.name}.work-{key}")
     request = StudentRequest(
-        options, scale, files, arguments.judged, out, work, label_smoothing=arguments.label_smoothing
+        options, scale, files, arguments.judged, str(out), str(work), label_smoothing=arguments.label_smoothing
     )
     if (out / "relevance.json").exists():
         if distributed.rank() == 0:
@@ -82,7 +81,7 @@ def train(arguments: argparse.Namespace) -> None:
     [result] = local_runner(jobs, lambda record: print(json.dumps(record), flush=True))
     if distributed.rank() == 0:
         finish_student(request, result)
-        shutil.rmtree(request.token_folder)
+        remove_tree(request.token_folder)
     distributed.barrier()
 
 
