@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import torch
 from ray import cloudpickle
 from safetensors.torch import load_file
 from tiny_training import SCALE, build_tiny_encoder, judged_groups, labeled_groups, write
+from torch._dynamo.utils import counters
 
 from relevance_ray.errors import UserError
 from relevance_ray.student.cross_encoder import build_cross_encoder
@@ -129,7 +131,9 @@ def test_bfloat16_follows_float32_closely_and_leaves_float32_weights(tmp_path: P
 def test_a_compiled_run_takes_the_same_steps(tmp_path: Path, kind: str) -> None:
     spec = student_spec(tmp_path, kind=kind)
     plain = train(spec, OPTIONS, tmp_path / "plain")
+    counters.clear()
     compiled = train(spec, replace(OPTIONS, compiled=True), tmp_path / "compiled")
+    assert counters["stats"]["unique_graphs"] > 0
     np.testing.assert_allclose(losses_of(compiled), losses_of(plain), rtol=1e-4)
     assert weights_of(compiled).keys() == weights_of(plain).keys()
 
@@ -333,6 +337,29 @@ class TestRayTrain:
         options = replace(OPTIONS, learning_rate=1e30, warmup_ratio=0.0)
         with pytest.raises(UserError, match=r"lower fit\.learning_rate"):
             train_on_two(student_spec(tmp_path), options, tmp_path / "work")
+
+    @pytest.mark.slow
+    def test_a_full_disk_of_one_worker_ends_all_of_them_in_one_sentence(self, tmp_path: Path) -> None:
+        cloudpickle.register_pickle_by_value(sys.modules[__name__])
+        with pytest.raises(UserError, match="No space left .*; make room, and the same command goes on"):
+            train_on_two(FullDiskSpec(student_spec(tmp_path)), OPTIONS, tmp_path / "work")
+
+
+@dataclass(frozen=True)
+class FullDiskSpec:
+    """A task of whose workers one has a full disk."""
+
+    spec: TaskSpec
+
+    def build(self, rank: int, world_size: int) -> Task:
+        task = self.spec.build(rank, world_size)
+
+        def begin(examples: np.ndarray) -> None:
+            if rank == 1:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        task.begin = begin  # type: ignore[method-assign]
+        return task
 
 
 @dataclass(frozen=True)

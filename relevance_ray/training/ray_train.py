@@ -24,7 +24,8 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from relevance_ray.errors import UserError
+from relevance_ray.errors import UserError, what_to_mend
+from relevance_ray.file_systems import StorageError
 from relevance_ray.storage import absolute, is_remote, makedirs, opened, remove_tree
 from relevance_ray.training.fit import FitResult, OnProgress, read_result
 from relevance_ray.training.runners import Job, Runner, local_runner
@@ -83,12 +84,18 @@ def ray_runner(num_workers: int, cpus_per_worker: int = 1, use_gpu: bool = False
                 failure_config=FailureConfig(max_failures=MAX_FAILURES * len(jobs)),
             ),
         )
+        failure: Exception | None = None
         with _interruptible(), _follow(board, on_progress):
-            trainer.fit()
-        error = ray.get(board.error.remote())
+            try:
+                trainer.fit()
+            except Exception as error:
+                failure = error
+        said = ray.get(board.error.remote())
+        if said and any(read_result(job.work_dir) is None for job in jobs):
+            raise UserError(said) from failure
+        if failure is not None:
+            raise failure
         remove_tree(ray_dir)
-        if error:
-            raise UserError(error)
 
     return run
 
@@ -106,9 +113,13 @@ def _worker(config: dict[str, Any]) -> None:
 
     try:
         local_runner(config["jobs"], tell if config["follow"] else None)
-    except UserError as error:
-        # The same data fails on every worker, and again on a restart: tell the driver instead of retrying.
-        ray.get(board.fail.remote(str(error)))
+    except Exception as error:
+        if said := what_to_mend(error):
+            ray.get(board.fail.remote(said))
+        # What is wrong with the data fails on every worker, and again on a restart. A disk or a store fails on one, for which
+        # the others would wait for ever: Ray ends them all, and tries again.
+        if not isinstance(error, UserError) or isinstance(error, StorageError):
+            raise
 
 
 @contextmanager
