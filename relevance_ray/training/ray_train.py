@@ -20,7 +20,7 @@ import ray.train.torch
 import torch
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.exceptions import RayError
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -84,11 +84,11 @@ def ray_runner(num_workers: int, cpus_per_worker: int = 1, use_gpu: bool = False
                 failure_config=FailureConfig(max_failures=MAX_FAILURES * len(jobs)),
             ),
         )
-        failure: Exception | None = None
+        failure = None
         with _interruptible(), _follow(board, on_progress):
             try:
                 trainer.fit()
-            except Exception as error:
+            except TrainingFailedError as error:
                 failure = error
         said = ray.get(board.error.remote())
         if said and any(read_result(job.work_dir) is None for job in jobs):
@@ -116,8 +116,8 @@ def _worker(config: dict[str, Any]) -> None:
     except Exception as error:
         if said := what_to_mend(error):
             ray.get(board.fail.remote(said))
-        # What is wrong with the data fails on every worker, and again on a restart. A disk or a store fails on one, for which
-        # the others would wait for ever: Ray ends them all, and tries again.
+        # What is wrong with the data fails on every worker, and again on a restart. A disk or a store fails on one,
+        # for which the others would wait for ever: Ray ends them all, and tries again.
         if not isinstance(error, UserError) or isinstance(error, StorageError):
             raise
 
