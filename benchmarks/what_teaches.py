@@ -1,12 +1,13 @@
-"""Which pairs teach a student most: by the origins of candidates, or by the sources of queries.
+"""What teaches a student most: origins of candidates, sources of queries, or how it is distilled.
 
 Every variant generates the same number of pairs, has them labeled by the same teacher (the stack of cosine and BM25, fitted
 on the training queries), and trains the same student on them, once a seed; the seed draws queries, candidates and the
-student's fresh weights (with `--one-draw`, for sources that are dear, the weights alone). Students rank the held-out judged
+student's fresh weights (with `--one-draw`, for sources that are dear and for `options`, which learn from the same pairs, the
+weights alone). Students rank the held-out judged
 queries: nDCG of each query, averaged over the seeds, and the difference to the first variant with an interval over queries
 (paired bootstrap; the seeds' spread is told beside it).
 
-    python benchmarks/what_teaches.py origins|sources --data FOLDER --format esci|homedepot|chorus [--quick] [--work FOLDER]
+    python benchmarks/what_teaches.py origins|sources|options --data FOLDER --format esci|homedepot|chorus [--quick]
 
 `--queries FILE` is a log of a shop's queries (Best Buy's, say, for Chorus, which sells the same kind of things); without one
 the log is the judged train queries, and where these are few, `--log-candidates` gives each as many products as the number
@@ -37,27 +38,56 @@ from relevance_ray.quiet import quiet_libraries
 from relevance_ray.steps import Chain
 from relevance_ray.storage import exists, fingerprint, join, read_json, write_json
 
-ORIGINS: dict[str, dict[str, Any]] = {
+Sections = dict[str, dict[str, Any]]
+"""Of a configuration; what a variant changes."""
+
+
+def generating(**options: Any) -> Sections:
+    return {"generate": options}
+
+
+def distilling(**options: Any) -> Sections:
+    return {"student": options}
+
+
+ORIGINS: dict[str, Sections] = {
     "default": {},
-    "top": {"quotas": {"bm25": 1, "dense": 1}},
-    "top of BM25": {"quotas": {"bm25": 1}},
-    "top and random": {"quotas": {"bm25": 1, "dense": 1, "random": 2}},
-    "top and middle": {"quotas": {"bm25": 1, "dense": 1, "bm25_middle": 1, "dense_middle": 1}},
-    "middle": {"quotas": {"bm25_middle": 1, "dense_middle": 1}},
-    "far middle (30 to 300) for middle": {"middle_ranks": [30, 300]},
-    "random": {"quotas": {"random": 1}},
+    "top": generating(quotas={"bm25": 1, "dense": 1}),
+    "top of BM25": generating(quotas={"bm25": 1}),
+    "top and random": generating(quotas={"bm25": 1, "dense": 1, "random": 2}),
+    "top and middle": generating(quotas={"bm25": 1, "dense": 1, "bm25_middle": 1, "dense_middle": 1}),
+    "middle": generating(quotas={"bm25_middle": 1, "dense_middle": 1}),
+    "far middle (30 to 300) for middle": generating(middle_ranks=[30, 300]),
+    "random": generating(quotas={"random": 1}),
 }
-SOURCES: dict[str, dict[str, Any]] = {
-    "titles": {"source": "titles"},
-    "log": {"source": "log"},
-    "language model": {"source": "llm"},
-    "all three": {"source": ["log", "titles", "llm"]},
+SOURCES: dict[str, Sections] = {
+    "titles": generating(source="titles"),
+    "log": generating(source="log"),
+    "language model": generating(source="llm"),
+    "all three": generating(source=["log", "titles", "llm"]),
 }
-STUDIES = {"origins": ORIGINS, "sources": SOURCES}
+OPTIONS: dict[str, Sections] = {
+    "default": {},
+    # 64 products a step, as by default
+    "groups of 2": distilling(max_group_products=2, fit={"batch_size": 32}),
+    "groups of 4": distilling(max_group_products=4, fit={"batch_size": 16}),
+    "groups of 16": generating(candidates_per_query=16) | distilling(fit={"batch_size": 4}),
+    "margins alone": distilling(level_weight=0.0),
+    "level_weight .5": distilling(level_weight=0.5),
+    "margins of differing grades": distilling(margins="differing"),
+    "margins and soft targets": distilling(bce_weight=1.0),
+    "soft targets alone": distilling(margin_weight=0.0, level_weight=0.0, bce_weight=1.0),
+    "margins and KL of classes": distilling(kl_weight=1.0),
+    "a fifth human, mixed": distilling(human_share=0.2),
+    "a fifth human, last": distilling(human_share=0.2, human_order="last"),
+    "two-tower": distilling(kind="two_tower"),
+    "two-tower with InfoNCE": distilling(kind="two_tower", infonce_weight=0.1),
+}
+STUDIES = {"origins": ORIGINS, "sources": SOURCES, "options": OPTIONS}
 
 
-def config_of(arguments: argparse.Namespace, variant: dict[str, Any], seed: int, root: Path) -> Config:
-    quick = arguments.quick
+def config_of(arguments: argparse.Namespace, variant: Sections, seed: int, root: Path) -> Config:
+    quick, generate, student = arguments.quick, variant.get("generate", {}), variant.get("student", {})
     values = {
         "data": {"format": arguments.format, "path": str(Path(arguments.data).resolve()), **arguments.data_options},
         "storage": {"root": str(root)},
@@ -67,11 +97,16 @@ def config_of(arguments: argparse.Namespace, variant: dict[str, Any], seed: int,
             "num_pairs": 800 if quick else arguments.pairs,
             "seed": 0 if arguments.one_draw else seed,
             "candidates_per_query": arguments.log_candidates
-            if variant.get("source") == "log"
+            if generate.get("source") == "log"
             else arguments.candidates,
-            **variant,
+            **generate,
         },
-        "student": {"num_layers": 2 if quick else arguments.layers, "max_tokens": 64, "fit": {"seed": seed}},
+        "student": {
+            "num_layers": 2 if quick else arguments.layers,
+            "max_tokens": 64,
+            **student,
+            "fit": {"seed": seed, **student.get("fit", {})},
+        },
     }
     return build_config(values, arguments.set, where="what_teaches.py")
 
@@ -134,6 +169,8 @@ def main() -> None:
     seeds = arguments.seeds or (1 if arguments.quick else 3)
     variants = STUDIES[arguments.study]
     names = list(variants)[: 2 if arguments.quick else None]
+    if arguments.study == "options":
+        arguments.one_draw = True
     if arguments.only:
         names = [names[0], *arguments.only]
     root = Path(arguments.work).absolute() / arguments.format
