@@ -24,7 +24,7 @@ from relevance_ray.templates import Template
 
 INFO_FILE = "relevance.json"
 FORMAT = 1
-ModelKind = Literal["cross_encoder", "classifier", "bi_encoder", "bm25", "ensemble"]
+ModelKind = Literal["cross_encoder", "classifier", "bi_encoder", "bm25", "query_likelihood", "ensemble"]
 _IDENTITY = "torch.nn.modules.linear.Identity"
 
 

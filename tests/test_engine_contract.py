@@ -13,13 +13,16 @@ import numpy as np
 import pytest
 from chat_endpoint import ChatEndpoint
 from tiny_engines import ESCI, PRODUCTS, QUERIES, as_pairs, bm25_folder, cross_encoder_folder, ensemble_folder
+from tiny_writers import writer_folder
 
 from relevance_ray.data.market_truth import MARKET_SCALE
 from relevance_ray.engines.base import Engine, Pair
 from relevance_ray.engines.bi_encoder import build_bi_encoder_folder
 from relevance_ray.engines.options import EngineOptions, OpenAIOptions
+from relevance_ray.engines.query_likelihood import build_query_likelihood_folder
 from relevance_ray.engines.registry import open_engine
 from relevance_ray.models import resolve_model
+from relevance_ray.templates import Template
 
 EngineFactory = Callable[[], Engine]
 
@@ -57,6 +60,10 @@ CASES: dict[str, Callable[[Path], EngineFactory]] = {
     "transformers": lambda path: model(TRANSFORMERS, cross_encoder_folder(path / "m", num_labels=4)),
     "ensemble": lambda path: model(TRANSFORMERS, ensemble_folder(path / "m")),
     "bi_encoder": lambda path: model(TRANSFORMERS, build_bi_encoder_folder(resolve_model("minilm"), ESCI, path / "m")),
+    "query_likelihood": lambda path: model(
+        TRANSFORMERS,
+        build_query_likelihood_folder("w", writer_folder(path / "w"), ESCI, Template(max_tokens=128), path / "m"),
+    ),
     "bm25": lambda path: model(TRANSFORMERS, bm25_folder(path / "m")),
     "oracle": lambda path: partial(open_engine, EngineOptions(engine="oracle"), None, MARKET_SCALE),
     "file": lambda path: partial(

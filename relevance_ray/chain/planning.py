@@ -36,6 +36,7 @@ from relevance_ray.templates import Template
 
 if TYPE_CHECKING:
     from relevance_ray.engines.encoding import PairEncoder
+    from relevance_ray.engines.query_likelihood import QueryEncoder
 
 SAMPLE_PAIRS = 1000
 MEASURED_SECONDS = 10.0
@@ -273,6 +274,8 @@ def _token_counters(config: Config, scale: LabelScale) -> Iterator[Callable[[Seq
         tokenizer = AutoTokenizer.from_pretrained(source)
         if kind == "bi_encoder":
             yield partial(_text_tokens, tokenizer, template)
+        elif kind == "query_likelihood":
+            yield partial(_pair_tokens, QueryEncoder(tokenizer, template))
         else:
             yield partial(_pair_tokens, PairEncoder(tokenizer, template))
 
@@ -297,7 +300,7 @@ def _readers(config: Config) -> Iterator[tuple[str, str, Template]]:
             yield member.kind, source, member.template(causal=member.kind == "classifier" and is_causal(source))
 
 
-def _pair_tokens(encoder: PairEncoder, pairs: Sequence[Pair]) -> np.ndarray:
+def _pair_tokens(encoder: PairEncoder | QueryEncoder, pairs: Sequence[Pair]) -> np.ndarray:
     return encoder.encode([pair.query for pair in pairs], [pair.product for pair in pairs]).lengths
 
 

@@ -71,6 +71,10 @@ def load_pair_model(
             from relevance_ray.engines.bi_encoder import BiEncoderModel
 
             return BiEncoderModel(path, device, max_batch_tokens)
+        if kind == "query_likelihood":
+            from relevance_ray.engines.query_likelihood import QueryLikelihoodModel
+
+            return QueryLikelihoodModel(path, device, max_batch_tokens)
         return open_sequence(path)
 
     return open_any(folder)

@@ -37,6 +37,13 @@ def check_writes(name: str, source: str | Path) -> None:
         raise UserError(f"model {name} writes no text; give a causal language model, such as smollm2-135m")
 
 
+def check_positions(name: str, source: str | Path, max_tokens: int) -> None:
+    """Raise `UserError` where a model reads fewer tokens than asked for."""
+    positions = getattr(AutoConfig.from_pretrained(source), "max_position_embeddings", None)
+    if positions is not None and max_tokens > positions:
+        raise UserError(f"max_tokens is {max_tokens}, but model {name} reads {positions} at most; lower it")
+
+
 def build_start_folder(
     source: str | Path,
     info: ModelInfo,
@@ -64,11 +71,7 @@ def build_start_folder(
         return
     config = AutoConfig.from_pretrained(source)
     check_layers(str(source), source, num_layers)
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and info.template.max_tokens > positions:
-        raise UserError(
-            f"max_tokens is {info.template.max_tokens}, but model {source} reads {positions} at most; lower it"
-        )
+    check_positions(str(source), source, info.template.max_tokens)
     tokenizer = AutoTokenizer.from_pretrained(source)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

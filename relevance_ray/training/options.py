@@ -150,18 +150,22 @@ def _default(field: Field[Any]) -> Any:
 
 @dataclass(frozen=True)
 class TeacherMemberOptions(ClassifierOptions):
-    """One member of an ensemble: trained (classifier), or used as it is (bi_encoder, bm25)."""
+    """One member of an ensemble: trained (classifier), or used as it is (the others)."""
 
     __pydantic_config__ = STRICT
-    kind: Literal["classifier", "bi_encoder", "bm25"] = option("classifier", "What the member is")
+    kind: Literal["classifier", "bi_encoder", "query_likelihood", "bm25"] = option(
+        "classifier",
+        "classifier: trained on the judgments; bi_encoder: cosine of two texts; query_likelihood: how likely a causal "
+        "language model finds the query, given the product; bm25: words",
+    )
     fit: TeacherFitOptions = option(TeacherFitOptions(), "The loop, for a classifier")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         unread: tuple[str, ...] = () if self.kind == "classifier" else _OF_CLASSIFIERS
-        if self.kind not in ("classifier", "bi_encoder"):
+        if self.kind in ("bm25", "ensemble"):
             unread = (*unread, "model", "max_tokens")
-        if self.kind not in ("classifier", "bi_encoder", "bm25"):
+        if self.kind == "ensemble":
             unread = (*unread, "fields")
         for field in fields(self):
             if field.name in unread and getattr(self, field.name) != _default(field):
@@ -173,8 +177,10 @@ class TeacherOptions(TeacherMemberOptions):
     """The teacher: one model, or an ensemble stacked on out-of-fold predictions."""
 
     __pydantic_config__ = STRICT
-    kind: Literal["classifier", "bi_encoder", "ensemble"] = option(  # type: ignore[assignment]
-        "classifier", "A trained classifier, an untrained bi-encoder (only calibrated), or an ensemble of `members`"
+    kind: Literal["classifier", "bi_encoder", "query_likelihood", "ensemble"] = option(  # type: ignore[assignment]
+        "classifier",
+        "A trained classifier; a bi-encoder or a query likelihood model, which are only calibrated; or an ensemble of "
+        "`members`",
     )
     members: list[TeacherMemberOptions] = option([], "Members of an ensemble")
     folds: int = option(2, "Folds of the train queries for a trained member's out-of-fold predictions")

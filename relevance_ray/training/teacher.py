@@ -1,4 +1,4 @@
-"""Training a teacher on human judgments: one classifier, an untrained bi-encoder, or an ensemble of several.
+"""Training a teacher on human judgments: one classifier, one model as it comes, or an ensemble of several.
 
 The stack of an ensemble is fitted on out-of-fold logits, so each trained member is trained `folds + 1` times: once without
 each fold, to predict it, and once on everything, to be used. That is the price of weights that do not reward memorising.
@@ -20,6 +20,7 @@ from relevance_ray.engines.base import SINGLE_LOGIT_GAINS
 from relevance_ray.engines.bi_encoder import build_bi_encoder_folder
 from relevance_ray.engines.bm25 import build_bm25_folder
 from relevance_ray.engines.ensemble import build_ensemble_folder, fit_stack, stack_logits
+from relevance_ray.engines.query_likelihood import build_query_likelihood_folder
 from relevance_ray.engines.registry import load_pair_model
 from relevance_ray.model_folder import ModelInfo, read_model_info, staged_folder, write_model_info
 from relevance_ray.models import resolve_model
@@ -74,9 +75,9 @@ def train_teacher(
     trainer = _Trainer(scale, judged_file, products, runner, on_progress, label_smoothing)
     if options.kind == "ensemble":
         return trainer.ensemble(options, out_dir, work_dir)
-    if options.kind == "bi_encoder":
-        return trainer.untrained(options, "bi_encoder", out_dir)
-    return trainer.classifier(options, out_dir, work_dir)
+    if options.kind == "classifier":
+        return trainer.classifier(options, out_dir, work_dir)
+    return trainer.untrained(options, options.kind, out_dir)
 
 
 def build_untrained(options: TeacherOptions, scale: LabelScale, products: Products, out_dir: Path) -> Path:
@@ -106,6 +107,9 @@ def _untrained_member(
         build_classifier(member, scale, folder, member.fit.seed)
     elif kind == "bi_encoder":
         build_bi_encoder_folder(resolve_model(member.model), scale, folder, member.template(causal=False))
+    elif kind == "query_likelihood":
+        template = member.template(causal=False)
+        build_query_likelihood_folder(member.model, resolve_model(member.model), scale, template, folder)
     else:
         build_bm25_folder(products(), member.template(causal=False), scale, folder)
     return folder
@@ -145,7 +149,7 @@ class _Trainer:
         return publish_fit(result, join(work_dir, "start"), out_dir, calibration, labels="human judgments")
 
     def untrained(self, options: TeacherMemberOptions, kind: str, out_dir: str) -> dict[str, Any]:
-        """A bi-encoder or BM25 as it is, calibrated."""
+        """A model that needs no training, calibrated."""
         if (summary := finished_summary(out_dir)) is not None:
             return summary
         summary = {"labels": "none", "kind": kind}

@@ -1,0 +1,196 @@
+"""A causal language model, untrained, as a scorer: how much more likely a query is once the product is known.
+
+The logit is `(log p(query | product) - log p(query)) / tokens of the query`, the pointwise mutual information per token. The
+first term is the query likelihood model (Ponte and Croft, SIGIR 1998; with a pretrained language model: Sachan et al.,
+UPR, arXiv 2204.07496). The second changes no order within a query; it takes away what makes a query likely by itself, so
+that logits of different queries can be compared.
+
+The product comes first, so the query is the text to be predicted and costs one forward pass of the whole; there is no
+prefix that a query's candidates share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from relevance_ray.engines.base import SINGLE_LOGIT_GAINS, FolderModel
+from relevance_ray.engines.encoding import token_batches
+from relevance_ray.engines.sequence import check_positions, check_writes
+from relevance_ray.engines.transformers import DEFAULT_BATCH_TOKENS, as_class_logits, pick_device, pick_dtype
+from relevance_ray.model_folder import ModelInfo, finish_folder, read_model_info, staged_folder
+from relevance_ray.schema import LabelScale
+from relevance_ray.templates import Template
+
+_PRODUCT, _ASK, _END = "Product:", "A customer found this product with the search query:", "\n"
+_MAX_LOGITS = 1 << 27
+"""Logits held at once, whatever the size of the vocabulary: half a gigabyte."""
+
+
+@dataclass(slots=True)
+class EncodedQueries:
+    """Token ids of n texts that end with a query.
+
+    Attributes:
+        input_ids: one int64 array a text; empty where the pair failed.
+        num_predicted: how many of its last tokens are the query's, int64 [n].
+        errors: why a pair cannot be encoded, else None.
+    """
+
+    input_ids: list[np.ndarray]
+    num_predicted: np.ndarray
+    errors: list[str | None]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each text, int64 [n]; 0 where it failed."""
+        return np.fromiter((len(ids) for ids in self.input_ids), dtype=np.int64, count=len(self.input_ids))
+
+
+class QueryEncoder:
+    """Product, question and query as tokens; the product is cut to fit, never the query."""
+
+    def __init__(self, tokenizer: Any, template: Template) -> None:
+        self.tokenizer, self.template = tokenizer, template
+        plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+        start = tokenizer("a")["input_ids"]
+        self._start = np.asarray(
+            start[: start.index(plain[0])], dtype=np.int64
+        )  # a token that begins every text, if any
+        [self._lead, self._ask_after, self._ask] = self._tokens([_PRODUCT, f"\n{_ASK}", _ASK])
+
+    def encode(self, queries: Sequence[str], products: Sequence[Mapping[str, Any]]) -> EncodedQueries:
+        """Each query after its product."""
+        texts = [self.template.render_product(product) for product in products]
+        product_ids = dict(
+            zip(unique := list(dict.fromkeys(texts)), self._tokens([f" {t}" for t in unique]), strict=True)
+        )
+        query_ids = self._query_tokens(queries)
+        input_ids: list[np.ndarray] = []
+        errors: list[str | None] = []
+        fixed = len(self._start) + len(self._lead) + len(self._ask_after)
+        for query, text in zip(queries, texts, strict=True):
+            room = self.template.max_tokens - fixed - len(query_ids[query])
+            errors.append(self._problem(room, text))
+            pieces = [self._start, self._lead, product_ids[text][: max(room, 0)], self._ask_after, query_ids[query]]
+            input_ids.append(np.empty(0, dtype=np.int64) if errors[-1] else np.concatenate(pieces))
+        return EncodedQueries(input_ids, np.asarray([len(query_ids[query]) for query in queries]), errors)
+
+    def encode_alone(self, queries: Sequence[str]) -> EncodedQueries:
+        """Each query after the question alone."""
+        query_ids = self._query_tokens(queries)
+        input_ids = [np.concatenate([self._start, self._ask, query_ids[query]]) for query in queries]
+        return EncodedQueries(
+            input_ids, np.asarray([len(query_ids[query]) for query in queries]), [None] * len(queries)
+        )
+
+    def _query_tokens(self, queries: Sequence[str]) -> dict[str, np.ndarray]:
+        unique = list(dict.fromkeys(queries))
+        return dict(zip(unique, self._tokens([f" {query}{_END}" for query in unique]), strict=True))
+
+    def _problem(self, room: int, text: str) -> str | None:
+        if room < 1:
+            return f"the query leaves no room for a product (max_tokens {self.template.max_tokens})"
+        if not text:
+            return f"the product has no text in its fields {', '.join(self.template.fields)}"
+        return None
+
+    def _tokens(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Literal special tokens inside a text are plain text."""
+        if not texts:
+            return []
+        encoded = self.tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            return_attention_mask=False,
+            split_special_tokens=True,
+            truncation=True,
+            max_length=self.template.max_tokens + 1,
+        )["input_ids"]
+        return [np.asarray(ids, dtype=np.int64) for ids in encoded]
+
+
+class QueryLikelihoodModel(FolderModel):
+    """A model folder of kind query_likelihood: class logits [0, logit]."""
+
+    gains = SINGLE_LOGIT_GAINS
+
+    def __init__(self, folder: str | Path, device: str = "auto", max_batch_tokens: int = DEFAULT_BATCH_TOKENS) -> None:
+        self.info = read_model_info(folder)
+        self.device, self.max_batch_tokens = pick_device(device), max_batch_tokens
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.encoder = QueryEncoder(tokenizer, self.info.template)
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=pick_dtype(self.device)).to(self.device).eval()
+        self._num_tokens = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return self._num_tokens
+
+    def _forward(
+        self, queries: Sequence[str], products: Sequence[Mapping[str, Any]]
+    ) -> tuple[np.ndarray, list[str | None]]:
+        encoded = self.encoder.encode(queries, products)
+        unique = list(dict.fromkeys(queries))
+        alone = self.encoder.encode_alone(unique)
+        before = dict(zip(unique, self._mean_log_likelihood(alone).tolist(), strict=True))
+        information = self._mean_log_likelihood(encoded) - np.asarray([before[query] for query in queries])
+        return as_class_logits(information.astype(np.float32)[:, None]), encoded.errors
+
+    def _mean_log_likelihood(self, encoded: EncodedQueries) -> np.ndarray:
+        """float64 [n], of the query's tokens; NaN where the pair failed."""
+        out = np.full(len(encoded.errors), np.nan)
+        vocabulary = self.model.config.get_text_config().vocab_size
+        with torch.inference_mode():
+            for batch in token_batches(encoded.lengths, self.max_batch_tokens):
+                longest = int(encoded.num_predicted[batch].max())
+                rows_at_once = max(1, _MAX_LOGITS // ((longest + 1) * vocabulary))
+                for start in range(0, len(batch), rows_at_once):
+                    rows = batch[start : start + rows_at_once]
+                    out[rows] = self._of_batch([encoded.input_ids[row] for row in rows], encoded.num_predicted[rows])
+        self._num_tokens += int(encoded.lengths.sum())
+        return out
+
+    def _of_batch(self, texts: Sequence[np.ndarray], num_predicted: np.ndarray) -> np.ndarray:
+        """Padded on the left, so that the queries end together and only their logits are made."""
+        lengths = np.asarray([len(ids) for ids in texts])
+        longest = int(num_predicted.max())
+        mask = np.arange(lengths.max()) >= lengths.max() - lengths[:, None]
+        ids = np.zeros(mask.shape, dtype=np.int64)
+        ids[mask] = np.concatenate(texts)
+        positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
+        inputs = {"input_ids": ids, "attention_mask": mask.astype(np.int64), "position_ids": positions}
+        on_device = {name: torch.from_numpy(value).to(self.device) for name, value in inputs.items()}
+        logits = self.model(**on_device, logits_to_keep=longest + 1, use_cache=False).logits[:, :-1].float()
+        target = on_device["input_ids"][:, -longest:]
+        log_p = logits.gather(2, target[..., None]).squeeze(2) - logits.logsumexp(2)
+        predicted = torch.from_numpy(np.arange(longest) >= longest - num_predicted[:, None]).to(self.device)
+        sums = torch.where(predicted, log_p, 0.0).double().sum(1).cpu().numpy()
+        return np.asarray(sums / num_predicted)
+
+
+def build_query_likelihood_folder(
+    name: str, model: str | Path, scale: LabelScale, template: Template, out: str | Path
+) -> Path:
+    """Make a model folder of kind query_likelihood of a causal language model, not calibrated; `out` appears whole.
+
+    Args:
+        name: what the user calls the model, for errors.
+        model: a local folder (`models.resolve_model`).
+
+    Raises:
+        UserError: a model that writes no text, or has too few positions for the template's `max_tokens`.
+    """
+    check_writes(name, model)
+    check_positions(name, model, template.max_tokens)
+    with staged_folder(out) as partial:
+        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).save_pretrained(partial)
+        AutoTokenizer.from_pretrained(model).save_pretrained(partial)
+        finish_folder(partial, ModelInfo("query_likelihood", scale, template))
+    return Path(out)
