@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import peft
 import torch
 from torch import nn
 
@@ -42,6 +41,8 @@ def add_lora(model: nn.Module, rank: int, seed: int) -> nn.Module:
         rank: of the adapters; their scale is 2 (alpha = 2 rank).
         seed: decides the adapters' first weights, the same on every worker.
     """
+    import peft  # takes a second, and few trainings need it
+
     head = next(name for name in ("score", "classifier") if hasattr(model, name))
     config = peft.LoraConfig(
         task_type=peft.TaskType.SEQ_CLS,
@@ -57,4 +58,4 @@ def add_lora(model: nn.Module, rank: int, seed: int) -> nn.Module:
 
 def merge_lora(model: nn.Module) -> nn.Module:
     """The plain model, with its adapters merged into the weights."""
-    return model.merge_and_unload() if isinstance(model, peft.PeftModel) else model
+    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
