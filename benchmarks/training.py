@@ -210,10 +210,17 @@ def measured(arguments: argparse.Namespace, side: str, steps: int, points: int) 
     command = [sys.executable, __file__, "--side", side, "--steps", str(steps), "--points", str(points)]
     for name in ("data", "work", "groups", "layers", "rounds"):
         command += [f"--{name}", str(getattr(arguments, name))]
+    began = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{side} failed:\n{done.stderr[-3000:]}")
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    found = dict(json.loads(done.stdout.splitlines()[-1]))
+    spent = f"{found['seconds']:.0f} of them training, " if "seconds" in found else ""
+    print(
+        f"{side}, {steps} steps: {time.monotonic() - began:.0f} s, {spent}{len(found.get('curve', []))} times on dev",
+        flush=True,
+    )
+    return found
 
 
 def over_workers(arguments: argparse.Namespace, files: list[str], judged: str) -> dict[str, Any]:
@@ -239,7 +246,7 @@ def over_workers(arguments: argparse.Namespace, files: list[str], judged: str) -
     spec = StudentTaskSpec(str(start), tokens, judged, options, max_pairs=pairs)
     ray.init(num_cpus=os.cpu_count(), include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     rates: dict[int, list[float]] = {1: [], 2: []}
-    for number in range(arguments.rounds):
+    for number in range((arguments.rounds + 1) // 2):
         for workers, found in rates.items():
             job = Job(spec, loop, work / f"{workers}-{number}")
             [result] = ray_runner(num_workers=workers)([job])
@@ -266,16 +273,16 @@ def main() -> None:
     data = os.environ.get("RELEVANCE_RAY_TEST_DATA", "data")
     parser.add_argument("--data", default=f"{data}/esci", help="folder of ESCI's official files")
     parser.add_argument("--work", default="runs/training", help="where labels are kept")
-    parser.add_argument("--groups", type=int, help="labeled queries; 1,200, or 320 with --quick")
-    parser.add_argument("--layers", type=int, help="of the student; 6, or 3 with --quick")
+    parser.add_argument("--groups", type=int, help="labeled queries; 1,200, or 160 with --quick")
+    parser.add_argument("--layers", type=int, help="of the student; 6, or 2 with --quick")
     parser.add_argument("--rounds", type=int, help="of the speed, each both sides; 5, or 2 with --quick")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--side", choices=["ours", "theirs", "workers"], help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--points", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    arguments.groups = arguments.groups or (320 if arguments.quick else 1200)
-    arguments.layers = arguments.layers or (3 if arguments.quick else 6)
+    arguments.groups = arguments.groups or (160 if arguments.quick else 1200)
+    arguments.layers = arguments.layers or (2 if arguments.quick else 6)
     arguments.rounds = arguments.rounds or (2 if arguments.quick else 5)
     quiet_libraries()
     files, judged = labeled(arguments)
@@ -284,15 +291,16 @@ def main() -> None:
         print(json.dumps(measure(arguments, files, judged)))
         return
 
+    steps, points = (10, 8) if arguments.quick else (20, 20)
     rounds = [
-        {side: measured(arguments, side, steps=20, points=1) for side in ("ours", "theirs")}
+        {side: measured(arguments, side, steps, points=1) for side in ("ours", "theirs")}
         for _ in range(arguments.rounds)
     ]
 
     def rate(side: str, what: str) -> float:
         return statistics.median(found[side][what] / found[side]["seconds"] for found in rounds)
 
-    whole = {side: measured(arguments, side, arguments.groups // BATCH, 20) for side in ("ours", "theirs")}
+    whole = {side: measured(arguments, side, arguments.groups // BATCH, points) for side in ("ours", "theirs")}
     best = {side: max(ndcg for _, ndcg in found["curve"]) for side, found in whole.items()}
     goal = min(best.values())
     seconds = {side: time_to(found["curve"], goal) for side, found in whole.items()}
@@ -316,7 +324,7 @@ def main() -> None:
                         "what": f"products trained on a second, {arguments.layers} layers",
                         "ours": round(rate("ours", "products"), 1),
                         "peer": round(rate("theirs", "products"), 1),
-                        "rows": 20 * BATCH * PRODUCTS,
+                        "rows": steps * BATCH * PRODUCTS,
                         "seconds": round(statistics.median(r["ours"]["seconds"] for r in rounds), 2),
                     },
                     {
