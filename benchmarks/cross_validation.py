@@ -1,11 +1,11 @@
-"""Every model on every judged query of ESCI, by K-fold cross-validation with paired intervals.
+"""Every model on every judged query of a data set, by K-fold cross-validation with paired intervals.
 
 The test split of a small judged set holds too few queries to tell two good models apart. Here each fold runs the whole
 chain of `--config` on the other folds' queries (teacher, generated pairs, labels, student), trains the same student on
 those human labels alone, and scores the fold's own queries. Joined, each judged query is scored once, by models that
 never saw it nor a near-duplicate of it, and the bootstrap draws from all of them.
 
-    python benchmarks/esci_cross_validation.py --data FOLDER [--work FOLDER] [--quick]
+    python benchmarks/cross_validation.py [--config jobs/esci.yaml|jobs/chorus.yaml] --data FOLDER [--work FOLDER] [--quick]
 
 Killed and started again it goes on where it was: a fold with predictions is skipped, a half-done one resumes its chain.
 Trained models enter pooled metrics (AUC, recall at a precision) by their calibrated log-odds, since raw logits of
@@ -19,6 +19,8 @@ import contextlib
 import json
 import os
 import platform
+import shlex
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -67,16 +69,17 @@ QUICK = [
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default_data = os.environ.get("RELEVANCE_RAY_TEST_DATA", str(ROOT / ".." / "shared" / "data"))
-    parser.add_argument("--data", default=f"{default_data}/esci", help="folder of the official ESCI files")
+    parser.add_argument("--data", help="folder of the official files")
     parser.add_argument("--config", default=str(ROOT / "jobs" / "esci.yaml"), help="the chain that each fold runs")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the configuration")
-    parser.add_argument("--work", default="runs/esci_cross_validation", help="where folds are kept, and resumed from")
+    parser.add_argument("--work", default="runs/cross_validation", help="where folds are kept, and resumed from")
     parser.add_argument("--folds", type=int, help="number of folds (5; 2 with --quick)")
     parser.add_argument("--quick", action="store_true", help="2 folds, untrained teacher, 2-layer student, few labels")
     arguments = parser.parse_args()
     num_folds = arguments.folds or (2 if arguments.quick else 5)
-    work = Path(arguments.work).absolute() / ("quick" if arguments.quick else "full")
+    data_format = load_config(arguments.config).data.format
+    data = arguments.data or f"{os.environ.get('RELEVANCE_RAY_TEST_DATA', 'data')}/{data_format}"
+    work = Path(arguments.work).absolute() / data_format / ("quick" if arguments.quick else "full")
 
     quiet_libraries()
     folds: list[tuple[JudgedPairs, dict[str, Predictions]]] = []
@@ -87,9 +90,8 @@ def main() -> None:
             [
                 *(QUICK if arguments.quick else []),
                 *arguments.set,
-                "data.format=esci",
                 f"evaluate.baselines={json.dumps(list(BASELINES))}",
-                f"data.path={json.dumps(str(Path(arguments.data).resolve()))}",
+                f"data.path={json.dumps(str(Path(data).resolve()))}",
                 f"data.folds={num_folds}",
                 f"data.fold={fold}",
                 f"storage.root={json.dumps(str(work / f'fold-{fold}'))}",
@@ -106,7 +108,7 @@ def main() -> None:
     pairs, predictions = join_folds(folds, pa.concat_tables(judged), scale)
     split = compare_predictions(pairs, predictions, scale, config.evaluate)
     about = {
-        "command": f"python benchmarks/esci_cross_validation.py{' --quick' if arguments.quick else ''}",
+        "command": shlex.join(["python", "benchmarks/cross_validation.py", *sys.argv[1:]]),
         "folds": f"{num_folds}, by query; near-duplicate queries in one fold",
         "pairs labeled in each fold": f"{config.generate.num_pairs:,}",
         "hardware": f"{os.cpu_count()} CPUs {platform.machine()}, torch {torch.__version__}",
@@ -114,7 +116,7 @@ def main() -> None:
         "time": f"{seconds / 60:.0f} minutes over all folds, each in its last attempt",
     }
     results = as_results({f"{num_folds}-fold cross-validation": split}, scale, config.evaluate)
-    write_report(results, str(work), title="ESCI, cross-validated", about=about)
+    write_report(results, str(work), title=f"{data_format}, cross-validated", about=about)
     print((work / "report.md").read_text())
     print(json.dumps(last_line(split, scale, seconds, quick=arguments.quick, num_folds=num_folds)))
 
@@ -199,7 +201,7 @@ def last_line(
                     }
                 )
     return {
-        "benchmark": "esci_cross_validation",
+        "benchmark": "cross_validation",
         "quick": quick,
         "folds": num_folds,
         "scale": scale.name,
