@@ -16,6 +16,7 @@ that a machine which is lent for minutes at a time goes on where the last one en
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import os
@@ -139,9 +140,14 @@ class Measuring:
         for folder in (self.results, self.work):
             folder.mkdir(parents=True, exist_ok=True)
         self.figures_file = self.results / "figures.json"
-        self.figures: dict[str, Any] = {}
+        settings = {"layers": self.layers, "epochs": self.epochs, "pack": content_of(self.pack)}
+        self.figures: dict[str, Any] = {"settings": settings}
         if self.figures_file.exists():
             self.figures = json.loads(self.figures_file.read_text(encoding="utf-8"))
+        if self.figures["settings"] != settings:
+            raise SystemExit(
+                f"{self.results} has figures of {self.figures['settings']}, not of {settings}; name another folder"
+            )
         self.scale = read_scale(self.pack)
         self.judged_file = str(self.pack / "judged_groups.parquet")
         self.test: JudgedPairs = flatten(read_judged(self.pack, "test"), self.scale)
@@ -234,8 +240,8 @@ class Measuring:
                 }
             ).cast(GROUP)
 
-    def label_files(self) -> list[str]:
-        """Labeled groups as the labeling step leaves them, made of the pack and of the teacher's logits."""
+    def label_files(self, num_pairs: int) -> list[str]:
+        """Files that hold so many pairs, labeled as the labeling step does: made of the pack and of the teacher's logits."""
         folder = self.work / "labels"
         if not folder.exists():
             unfinished = self.work / "labels-unfinished"
@@ -251,7 +257,14 @@ class Measuring:
                 pq.write_table(labeled, unfinished / f"labels-{number:05d}.parquet")
                 start = stop
             unfinished.rename(folder)
-        return [str(path) for path in sorted(folder.glob("*.parquet"))]
+        files: list[str] = []
+        held = 0
+        for path in sorted(folder.glob("*.parquet")):
+            if held < num_pairs:
+                files.append(str(path))
+                held += _pairs(pq.read_table(path, columns=["products"]))
+        assert held >= 0.99 * num_pairs, (held, num_pairs)
+        return files
 
     def student(self, num_pairs: int | None, seed: int, name: str, **fit: Any) -> dict[str, Any]:
         """Train a student on the first pairs, or on the human judgments alone, and rank the test queries."""
@@ -265,8 +278,7 @@ class Measuring:
                 "margin_mse", HumanFitOptions(epochs=self.epochs, batch_size=32, learning_rate=2e-4, seed=seed, **fit)
             )
         else:
-            files = self.label_files()
-            files = files[: num_pairs // (PRODUCTS * GROUPS_A_FILE) + 2]  # some groups have a product less
+            files = self.label_files(num_pairs)
         folder = self.work / name
         request = StudentRequest(
             options,
@@ -278,12 +290,20 @@ class Measuring:
             max_pairs=num_pairs,
             part=name,
         )
-        summary = train_student(request, on_progress=_show)
+        rates: list[float] = []
+
+        def follow(record: dict[str, Any]) -> None:
+            _show(record)
+            if "loss" in record:
+                rates.append(record["pairs_per_second"])
+
+        summary = train_student(request, on_progress=follow)
         return {
             "ndcg": self.ranked(folder),
             "pairs": summary["pairs"],
             "seconds": round(summary["seconds"], 1),
-            "pairs_per_second": summary["pairs_per_second"],
+            "first_step_seconds": round(summary["pairs"] / summary["steps"] / rates[0], 1) if rates else None,
+            "pairs_per_second": round(float(np.median(rates[len(rates) // 4 :])), 1) if rates else None,
         }
 
     def ranked(self, folder: Path) -> list[float | None]:
@@ -293,6 +313,14 @@ class Measuring:
             None if np.isnan(value) else round(float(value), 6)
             for value in ndcg(self.test.gains, logits, self.test.offsets)
         ]
+
+
+def content_of(folder: Path) -> str:
+    """What tells packs apart."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(folder.glob("*.parquet")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _logits(labeled: pa.Table) -> np.ndarray:

@@ -275,7 +275,7 @@ def main() -> None:
     parser.add_argument("--work", default="runs/training", help="where labels are kept")
     parser.add_argument("--groups", type=int, help="labeled queries; 1,200, or 160 with --quick")
     parser.add_argument("--layers", type=int, help="of the student; 6, or 2 with --quick")
-    parser.add_argument("--rounds", type=int, help="of the speed, each both sides; 5, or 2 with --quick")
+    parser.add_argument("--rounds", type=int, help="of the speed, 5, or 2 with --quick; of the workers half as many")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--side", choices=["ours", "theirs", "workers"], help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)

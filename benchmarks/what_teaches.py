@@ -2,10 +2,10 @@
 
 Every variant generates the same number of pairs, has them labeled by the same teacher (the stack of cosine and BM25, fitted
 on the training queries), and trains the same student on them, once a seed; the seed draws queries, candidates and the
-student's fresh weights (with `--one-draw`, for sources that are dear and for `options`, which learn from the same pairs, the
-weights alone). Students rank the held-out judged
-queries: nDCG of each query, averaged over the seeds, and the difference to the first variant with an interval over queries
-(paired bootstrap; the seeds' spread is told beside it).
+student's fresh weights (with `--one-draw`, for sources that are dear and for `options`, which learn from the same pairs
+but for "groups of 16", the weights alone). Students rank the held-out judged queries: nDCG of each query, averaged over the
+seeds, and the difference to the first variant with an interval over queries (paired bootstrap; the seeds' spread is told
+beside it).
 
     python benchmarks/what_teaches.py origins|sources|options --data FOLDER --format esci|homedepot|chorus [--quick]
 

@@ -4,8 +4,9 @@
 
 Each member scores every judged pair once; none of them is trained, so all judged queries count. A stack is fitted as the
 teacher's is, on four fifths of the queries, and ranks the last fifth; that is done for `--repeats` random partitions. Stacks
-grow greedily from the best member by whichever of the others gains most, as long as any does, and the stack of all is shown
-beside them. Intervals are of resampled queries, paired, against the first member.
+grow greedily from the best member by whichever of the others gains most, as long as any does; where not all are in, the
+stack of all is shown beside them. (What a stack gains is measured on the queries that chose it: a little too good.)
+Intervals are of resampled queries, paired, against the first member.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import os
 import platform
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,16 +55,14 @@ def member_logits(config: Config, prepared: str, scale: LabelScale, pairs: Judge
         for member in config.teacher.members
     ]
     if not all(place.exists() for place in places):
-        out = work / f"members-{fingerprint([semantic(member) for member in config.teacher.members])}"
-        folder = out / "model"
-        if not folder.exists():
-            build_untrained(config.teacher, scale, partial(iter_products, prepared), out)
-        for member, place in zip(member_folders(folder), places, strict=True):
-            if not place.exists():
-                print(f"scoring {pairs.num_pairs:,} pairs: {place.name}", flush=True)
-                unfinished = place.with_suffix(".unfinished.npy")
-                np.save(unfinished, predict(load_pair_model(member), pairs).logits)
-                unfinished.rename(place)
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = build_untrained(config.teacher, scale, partial(iter_products, prepared), Path(scratch))
+            for member, place in zip(member_folders(folder), places, strict=True):
+                if not place.exists():
+                    print(f"scoring {pairs.num_pairs:,} pairs: {place.name}", flush=True)
+                    unfinished = place.with_suffix(".unfinished.npy")
+                    np.save(unfinished, predict(load_pair_model(member), pairs).logits)
+                    unfinished.rename(place)
     return [np.load(place) for place in places]
 
 
@@ -129,6 +129,8 @@ def main() -> None:
     arguments = parser.parse_args()
     data = arguments.data or f"{os.environ.get('RELEVANCE_RAY_TEST_DATA', 'data')}/{arguments.format}"
     members = [yaml.safe_load(text) for text in arguments.member or MEMBERS]
+    if any(member.get("kind") in (None, "classifier") for member in members):
+        parser.error("a classifier needs training: --member takes the other kinds")
     if arguments.quick:
         members, arguments.repeats = members[:2], 1
     quiet_libraries()

@@ -98,7 +98,7 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
         with _without_banner():
             ray.init(num_cpus=_cpus(num_cpus), include_dashboard=False, logging_level="ERROR", log_to_driver=False)
         _local.set()
-    if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
+    if on_sigterm is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own prints a stack of C
     try:
         yield

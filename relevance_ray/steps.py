@@ -167,6 +167,12 @@ class Chain:
             check_engine(config.label)
         for model, num_layers in self._models(steps):
             check_layers(model, resolve_model(model), num_layers)
+        if "train-teacher" in pending:
+            from relevance_ray.engines.query_likelihood import check_query_likelihood
+
+            for member in members:
+                if member.kind == "query_likelihood":
+                    check_query_likelihood(member.model, resolve_model(member.model), member.max_tokens)
 
     def _models(self, steps: tuple[str, ...]) -> Iterator[tuple[str, int | None]]:
         """The models that some steps start from, and how many of their layers are kept."""

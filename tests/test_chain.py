@@ -18,6 +18,7 @@ import pytest
 import yaml
 from tiny_chain import cli, heed_interrupts, values
 from tiny_training import COLORS, THINGS, agreement
+from tiny_writers import writer_folder
 
 from relevance_ray import storage
 from relevance_ray.chain.folders import STEPS
@@ -34,6 +35,19 @@ from relevance_ray.storage import CommitLog
 def stored(folder: str) -> float:
     """Gigabytes of a step's data."""
     return sum(path.stat().st_size for path in (Path(folder) / "data").iterdir()) / 1e9
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_plan_counts_what_a_language_model_as_it_comes_reads(tmp_path: Path, encoder: Path) -> None:
+    writer = writer_folder(tmp_path / "writer")
+    members = [{"kind": "query_likelihood", "model": str(writer), "max_tokens": 48}, {"kind": "bm25"}]
+    config = build_config({**values(tmp_path / "root", encoder), "teacher": {"kind": "ensemble", "members": members}})
+    plan = plan_labeling(config, seconds=0.2)
+    outcome = Chain(config).run("label")
+    assert plan.tokens == pytest.approx(outcome.summaries["label"]["tokens"], rel=0.1)
+    teacher = {"label.model": f"{outcome.folders['train-teacher']}/model"}
+    given = build_config(values(tmp_path / "root", encoder), [f"{key}={value}" for key, value in teacher.items()])
+    assert plan_labeling(given, seconds=0.2).tokens_per_pair == pytest.approx(plan.tokens_per_pair, rel=0.1)
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -84,6 +84,11 @@ def test_status_of_what_was_never_run_is_refused(tmp_path: Path) -> None:
         ("student.num_layers=99", "num_layers is 99"),
         ("student.model=minilmm", "model 'minilmm' is unknown"),
         ("label={engine: file, path: nope.csv}", "label.path nope.csv does not exist"),
+        ("teacher={kind: query_likelihood}", "model minilm writes no text; give a causal language model"),
+        (
+            "teacher={kind: ensemble, members: [{kind: query_likelihood, model: smollm2-135m, max_tokens: 9000}]}",
+            "max_tokens is 9000, but model smollm2-135m reads 8192 at most",
+        ),
         ("generate={source: file, pairs_file: nope.csv}", "generate.pairs_file nope.csv does not exist"),
     ],
 )

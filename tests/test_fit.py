@@ -21,6 +21,7 @@ from tiny_training import SCALE, build_tiny_encoder, judged_groups, labeled_grou
 from torch._dynamo.utils import counters
 
 from relevance_ray.errors import UserError
+from relevance_ray.file_systems import StorageError
 from relevance_ray.student.cross_encoder import build_cross_encoder
 from relevance_ray.student.two_tower import build_two_tower
 from relevance_ray.teacher.classifier import build_classifier
@@ -339,24 +340,38 @@ class TestRayTrain:
             train_on_two(student_spec(tmp_path), options, tmp_path / "work")
 
     @pytest.mark.slow
-    def test_a_full_disk_of_one_worker_ends_all_of_them_in_one_sentence(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(
+        ("error", "said"),
+        [
+            (
+                OSError(errno.ENOSPC, "No space left on device"),
+                "No space left .*; make room, and the same command goes on",
+            ),
+            (StorageError("s3://bucket failed in spite of retries"), "s3://bucket failed in spite of retries"),
+        ],
+    )
+    def test_what_fails_one_worker_ends_all_of_them_in_one_sentence(
+        self, tmp_path: Path, error: Exception, said: str
+    ) -> None:
         cloudpickle.register_pickle_by_value(sys.modules[__name__])
-        with pytest.raises(UserError, match="No space left .*; make room, and the same command goes on"):
-            train_on_two(FullDiskSpec(student_spec(tmp_path)), OPTIONS, tmp_path / "work")
+        with pytest.raises(UserError, match=said):
+            train_on_two(FailingSpec(student_spec(tmp_path), error), OPTIONS, tmp_path / "work")
+        assert not list(tmp_path.glob("*-ray"))
 
 
 @dataclass(frozen=True)
-class FullDiskSpec:
-    """A task of whose workers one has a full disk."""
+class FailingSpec:
+    """A task one of whose workers fails."""
 
     spec: TaskSpec
+    error: Exception
 
     def build(self, rank: int, world_size: int) -> Task:
         task = self.spec.build(rank, world_size)
 
         def begin(examples: np.ndarray) -> None:
             if rank == 1:
-                raise OSError(errno.ENOSPC, "No space left on device")
+                raise self.error
 
         task.begin = begin  # type: ignore[method-assign]
         return task

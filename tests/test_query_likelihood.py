@@ -10,7 +10,7 @@ import torch
 from tiny_engines import ESCI, PRODUCTS, QUERIES
 from tiny_training import SCALE, build_tiny_encoder, judged_groups, write
 from tiny_writers import writer_folder
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from relevance_ray.engines.query_likelihood import QueryLikelihoodModel, build_query_likelihood_folder
 from relevance_ray.engines.registry import load_pair_model
@@ -24,9 +24,17 @@ from relevance_ray.training.teacher import train_teacher
 TEMPLATE = Template(max_tokens=64)
 
 
-@pytest.fixture(scope="module")
-def writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return writer_folder(tmp_path_factory.mktemp("writer") / "w")
+@pytest.fixture(scope="module", params=["relative positions", "learned positions"])
+def writer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("writer") / "w"
+    writer_folder(out)
+    if request.param == "learned positions":
+        size = AutoConfig.from_pretrained(out).vocab_size
+        config = GPT2Config(vocab_size=size, n_positions=64, n_embd=48, n_layer=2, n_head=4, initializer_range=0.3)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            GPT2LMHeadModel(config).save_pretrained(out)
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +88,9 @@ def test_what_cannot_be_scored_is_an_error_of_its_row(folder: Path) -> None:
         "the product has no text in its fields title, brand, color",
     ]
     assert np.isnan(labels.class_logits[1:]).all()
-    assert model.num_tokens > 0
+    [whole] = model.encoder.encode(["tent"], [{"title": "tent"}]).lengths
+    [bare] = model.encoder.encode_alone(["tent"]).lengths
+    assert model.num_tokens == whole + bare
     alone = model.logits(["tent"], [{"title": "tent"}])
     np.testing.assert_allclose(labels.class_logits[0, 1], alone[0], atol=2e-5)
 
@@ -126,7 +136,7 @@ def test_a_model_that_writes_nothing_or_is_too_short_is_refused(writer: Path, tm
     encoder = build_tiny_encoder(tmp_path / "encoder")
     with pytest.raises(UserError, match="model tiny writes no text; give a causal language model"):
         build_query_likelihood_folder("tiny", encoder, ESCI, TEMPLATE, tmp_path / "m")
-    with pytest.raises(UserError, match="max_tokens is 1000, but model w reads 512 at most"):
+    with pytest.raises(UserError, match="max_tokens is 1000, but model w reads (512|64) at most"):
         build_query_likelihood_folder("w", writer, ESCI, Template(max_tokens=1000), tmp_path / "m")
     assert not (tmp_path / "m").exists()
     with pytest.raises(ValueError, match="num_layers is not read by kind query_likelihood"):

@@ -149,7 +149,10 @@ def test_an_ensemble_is_stacked_and_resumes_at_the_fold_where_it_was_killed(
     assert not (tmp_path / "out").exists()
     parts: list[str] = []
     summary = train_teacher(*arguments, on_progress=lambda record: parts.append(record["part"]))
-    assert list(dict.fromkeys(parts)) == ["member 1, fold 2 of 2", "member 1, all folds"]
+    assert list(dict.fromkeys(parts)) == [
+        *("member 1, fold 2 of 2", "member 1, all folds"),
+        *(f"member {number}, {split} pairs" for number in (0, 2) for split in ("dev", "train")),
+    ]
     assert [one["labels"] for one in summary["members"]] == ["none", "human judgments", "none"]
 
     model = load_pair_model(tmp_path / "out")

@@ -275,7 +275,9 @@ def _token_counters(config: Config, scale: LabelScale) -> Iterator[Callable[[Seq
         if kind == "bi_encoder":
             yield partial(_text_tokens, tokenizer, template)
         elif kind == "query_likelihood":
-            yield partial(_pair_tokens, QueryEncoder(tokenizer, template))
+            from relevance_ray.engines.query_likelihood import QueryEncoder
+
+            yield partial(_query_tokens, QueryEncoder(tokenizer, template))
         else:
             yield partial(_pair_tokens, PairEncoder(tokenizer, template))
 
@@ -300,8 +302,17 @@ def _readers(config: Config) -> Iterator[tuple[str, str, Template]]:
             yield member.kind, source, member.template(causal=member.kind == "classifier" and is_causal(source))
 
 
-def _pair_tokens(encoder: PairEncoder | QueryEncoder, pairs: Sequence[Pair]) -> np.ndarray:
+def _pair_tokens(encoder: PairEncoder, pairs: Sequence[Pair]) -> np.ndarray:
     return encoder.encode([pair.query for pair in pairs], [pair.product for pair in pairs]).lengths
+
+
+def _query_tokens(encoder: QueryEncoder, pairs: Sequence[Pair]) -> np.ndarray:
+    """As a query likelihood model reads them: each query once without a product, too."""
+    queries = [pair.query for pair in pairs]
+    counts = encoder.encode(queries, [pair.product for pair in pairs]).lengths
+    first = [queries.index(query) for query in dict.fromkeys(queries)]
+    counts[first] += encoder.encode_alone([queries[row] for row in first]).lengths
+    return counts
 
 
 def _text_tokens(tokenizer: Any, template: Template, pairs: Sequence[Pair]) -> np.ndarray:

@@ -165,15 +165,18 @@ class PairEncoder:
         between, after = rest.split("{product}")
         self._query_lead = " " if before.endswith(" ") else ""
         self._product_lead = " " if between.endswith(" ") else ""
-        # Whatever begins every input of this model (a start token) begins a prompt too; an end token does not end it,
-        # because the last token is the one that is read.
-        single, plain = self.tokenizer("a")["input_ids"], self.tokenizer("a", add_special_tokens=False)["input_ids"]
-        start = np.asarray(single[: _find(single, plain, 0)], dtype=np.int32)
-        self._head = np.concatenate([start, self._literal(before.removesuffix(" "))])
+        self._head = np.concatenate([start_tokens(self.tokenizer), self._literal(before.removesuffix(" "))])
         self._middle = self._literal(between.removesuffix(" "))
         self._tail = self._literal(after)
         has_types = "token_type_ids" in self.tokenizer.model_input_names
         self._types = (0, 0) if has_types else None
+
+
+def start_tokens(tokenizer: Any) -> np.ndarray:
+    """int32: whatever begins every input of this model (a start token), which begins a prompt too. An end token does not
+    end a prompt, because the last token is the one that is read."""
+    single, plain = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    return np.asarray(single[: _find(single, plain, 0)], dtype=np.int32)
 
 
 def ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:

@@ -5,8 +5,8 @@ first term is the query likelihood model (Ponte and Croft, SIGIR 1998; with a pr
 UPR, arXiv 2204.07496). The second changes no order within a query; it takes away what makes a query likely by itself, so
 that logits of different queries can be compared.
 
-The product comes first, so the query is the text to be predicted and costs one forward pass of the whole; there is no
-prefix that a query's candidates share.
+The end of the line counts as the query's last token: a query that is only begun is not as good as a whole one. The product
+comes first, so there is no prefix that a query's candidates share.
 """
 
 from __future__ import annotations
@@ -21,16 +21,19 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from relevance_ray.engines.base import SINGLE_LOGIT_GAINS, FolderModel
-from relevance_ray.engines.encoding import token_batches
+from relevance_ray.engines.encoding import ahead, start_tokens, token_batches
 from relevance_ray.engines.sequence import check_positions, check_writes
 from relevance_ray.engines.transformers import DEFAULT_BATCH_TOKENS, as_class_logits, pick_device, pick_dtype
 from relevance_ray.model_folder import ModelInfo, finish_folder, read_model_info, staged_folder
 from relevance_ray.schema import LabelScale
 from relevance_ray.templates import Template
 
-_PRODUCT, _ASK, _END = "Product:", "A customer found this product with the search query:", "\n"
-_MAX_LOGITS = 1 << 27
-"""Logits held at once, whatever the size of the vocabulary: half a gigabyte."""
+PROMPT = ("Product:", "A customer found this product with the search query:")
+"""What stands before the product, and between it and the query."""
+_END = "\n"
+_MAX_LOGITS = 1 << 26
+"""Logits made at once, whatever the size of the vocabulary: half a gigabyte, with what they are summed through."""
+_WINDOW_ROWS = 4096
 
 
 @dataclass(slots=True)
@@ -38,7 +41,7 @@ class EncodedQueries:
     """Token ids of n texts that end with a query.
 
     Attributes:
-        input_ids: one int64 array a text; empty where the pair failed.
+        input_ids: one int32 array a text; empty where the pair failed.
         num_predicted: how many of its last tokens are the query's, int64 [n].
         errors: why a pair cannot be encoded, else None.
     """
@@ -54,45 +57,51 @@ class EncodedQueries:
 
 
 class QueryEncoder:
-    """Product, question and query as tokens; the product is cut to fit, never the query."""
+    """Product, question and query as tokens; the product is cut to fit, never the query.
 
-    def __init__(self, tokenizer: Any, template: Template) -> None:
+    Something has to stand before the first token that is predicted, so the question stands there without a product, too.
+
+    Args:
+        tokenizer: a transformers tokenizer (fast).
+        template: fields of the product, and tokens of the whole.
+        prompt: as `PROMPT`; a model folder keeps its own.
+    """
+
+    def __init__(self, tokenizer: Any, template: Template, prompt: Sequence[str] = PROMPT) -> None:
         self.tokenizer, self.template = tokenizer, template
-        plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-        start = tokenizer("a")["input_ids"]
-        self._start = np.asarray(
-            start[: start.index(plain[0])], dtype=np.int64
-        )  # a token that begins every text, if any
-        [self._lead, self._ask_after, self._ask] = self._tokens([_PRODUCT, f"\n{_ASK}", _ASK])
+        lead, ask = prompt
+        lead_ids, ask_after, ask_alone = self._tokens([lead, f"\n{ask}", ask])
+        start = start_tokens(tokenizer)
+        self._before, self._after = np.concatenate([start, lead_ids]), ask_after
+        self._alone = np.concatenate([start, ask_alone])
 
     def encode(self, queries: Sequence[str], products: Sequence[Mapping[str, Any]]) -> EncodedQueries:
-        """Each query after its product."""
+        """Each query after its product. A query that leaves no room for its product, or a product without any text, is an
+        error of its row."""
         texts = [self.template.render_product(product) for product in products]
-        product_ids = dict(
-            zip(unique := list(dict.fromkeys(texts)), self._tokens([f" {t}" for t in unique]), strict=True)
-        )
-        query_ids = self._query_tokens(queries)
-        input_ids: list[np.ndarray] = []
-        errors: list[str | None] = []
-        fixed = len(self._start) + len(self._lead) + len(self._ask_after)
-        for query, text in zip(queries, texts, strict=True):
-            room = self.template.max_tokens - fixed - len(query_ids[query])
-            errors.append(self._problem(room, text))
-            pieces = [self._start, self._lead, product_ids[text][: max(room, 0)], self._ask_after, query_ids[query]]
-            input_ids.append(np.empty(0, dtype=np.int64) if errors[-1] else np.concatenate(pieces))
-        return EncodedQueries(input_ids, np.asarray([len(query_ids[query]) for query in queries]), errors)
+        fixed = len(self._before) + len(self._after)
+        found = EncodedQueries([], np.empty(len(queries), dtype=np.int64), [])
+        tokens = zip(self._query_tokens(queries), self._tokens([f" {text}" for text in texts]), strict=True)
+        for row, (query_ids, product_ids) in enumerate(tokens):
+            room = self.template.max_tokens - fixed - len(query_ids)
+            error = self._problem(room, texts[row])
+            pieces = [self._before, product_ids[: max(room, 0)], self._after, query_ids]
+            found.input_ids.append(np.concatenate(pieces) if error is None else np.empty(0, dtype=np.int32))
+            found.num_predicted[row] = len(query_ids)
+            found.errors.append(error)
+        return found
 
     def encode_alone(self, queries: Sequence[str]) -> EncodedQueries:
         """Each query after the question alone."""
         query_ids = self._query_tokens(queries)
-        input_ids = [np.concatenate([self._start, self._ask, query_ids[query]]) for query in queries]
         return EncodedQueries(
-            input_ids, np.asarray([len(query_ids[query]) for query in queries]), [None] * len(queries)
+            [np.concatenate([self._alone, ids]) for ids in query_ids],
+            np.asarray([len(ids) for ids in query_ids], dtype=np.int64),
+            [None] * len(queries),
         )
 
-    def _query_tokens(self, queries: Sequence[str]) -> dict[str, np.ndarray]:
-        unique = list(dict.fromkeys(queries))
-        return dict(zip(unique, self._tokens([f" {query}{_END}" for query in unique]), strict=True))
+    def _query_tokens(self, queries: Sequence[str]) -> list[np.ndarray]:
+        return self._tokens([f" {query}{_END}" for query in queries])
 
     def _problem(self, room: int, text: str) -> str | None:
         if room < 1:
@@ -102,7 +111,7 @@ class QueryEncoder:
         return None
 
     def _tokens(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Literal special tokens inside a text are plain text."""
+        """Literal special tokens inside a text are plain text; what can never fit is cut."""
         if not texts:
             return []
         encoded = self.tokenizer(
@@ -113,7 +122,7 @@ class QueryEncoder:
             truncation=True,
             max_length=self.template.max_tokens + 1,
         )["input_ids"]
-        return [np.asarray(ids, dtype=np.int64) for ids in encoded]
+        return [np.asarray(ids, dtype=np.int32) for ids in encoded]
 
 
 class QueryLikelihoodModel(FolderModel):
@@ -125,7 +134,7 @@ class QueryLikelihoodModel(FolderModel):
         self.info = read_model_info(folder)
         self.device, self.max_batch_tokens = pick_device(device), max_batch_tokens
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.encoder = QueryEncoder(tokenizer, self.info.template)
+        self.encoder = QueryEncoder(tokenizer, self.info.template, self.info.extra["prompt"])
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=pick_dtype(self.device)).to(self.device).eval()
         self._num_tokens = 0
 
@@ -136,12 +145,21 @@ class QueryLikelihoodModel(FolderModel):
     def _forward(
         self, queries: Sequence[str], products: Sequence[Mapping[str, Any]]
     ) -> tuple[np.ndarray, list[str | None]]:
-        encoded = self.encoder.encode(queries, products)
-        unique = list(dict.fromkeys(queries))
-        alone = self.encoder.encode_alone(unique)
-        before = dict(zip(unique, self._mean_log_likelihood(alone).tolist(), strict=True))
-        information = self._mean_log_likelihood(encoded) - np.asarray([before[query] for query in queries])
-        return as_class_logits(information.astype(np.float32)[:, None]), encoded.errors
+        after_product = np.full(len(queries), np.nan)
+        errors: list[str | None] = []
+        starts = range(0, len(queries), _WINDOW_ROWS)
+
+        def encode(start: int) -> EncodedQueries:
+            stop = start + _WINDOW_ROWS
+            return self.encoder.encode(queries[start:stop], products[start:stop])
+
+        for start, encoded in zip(starts, ahead(encode, starts), strict=True):
+            after_product[start : start + _WINDOW_ROWS] = self._mean_log_likelihood(encoded)
+            errors += encoded.errors
+        known = list(dict.fromkeys(query for query, error in zip(queries, errors, strict=True) if error is None))
+        alone = dict(zip(known, self._mean_log_likelihood(self.encoder.encode_alone(known)).tolist(), strict=True))
+        information = after_product - np.asarray([alone.get(query, np.nan) for query in queries])
+        return as_class_logits(information.astype(np.float32)[:, None]), errors
 
     def _mean_log_likelihood(self, encoded: EncodedQueries) -> np.ndarray:
         """float64 [n], of the query's tokens; NaN where the pair failed."""
@@ -175,6 +193,12 @@ class QueryLikelihoodModel(FolderModel):
         return np.asarray(sums / num_predicted)
 
 
+def check_query_likelihood(name: str, model: str | Path, max_tokens: int) -> None:
+    """Raise `UserError` for a model that writes no text, or reads fewer tokens than asked for."""
+    check_writes(name, model)
+    check_positions(name, model, max_tokens)
+
+
 def build_query_likelihood_folder(
     name: str, model: str | Path, scale: LabelScale, template: Template, out: str | Path
 ) -> Path:
@@ -185,12 +209,12 @@ def build_query_likelihood_folder(
         model: a local folder (`models.resolve_model`).
 
     Raises:
-        UserError: a model that writes no text, or has too few positions for the template's `max_tokens`.
+        UserError: as `check_query_likelihood`.
     """
-    check_writes(name, model)
-    check_positions(name, model, template.max_tokens)
+    check_query_likelihood(name, model, template.max_tokens)
+    info = ModelInfo("query_likelihood", scale, template, extra={"prompt": list(PROMPT)})
     with staged_folder(out) as partial:
-        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).save_pretrained(partial)
+        AutoModelForCausalLM.from_pretrained(model, dtype="auto").save_pretrained(partial)
         AutoTokenizer.from_pretrained(model).save_pretrained(partial)
-        finish_folder(partial, ModelInfo("query_likelihood", scale, template))
+        finish_folder(partial, info)
     return Path(out)

@@ -42,7 +42,7 @@ def load_pair_model(
     Raises:
         UserError: no model folder, or what vLLM refuses.
     """
-    share = 1 / max(1, _num_sequence_models(folder))
+    share = 1 / max(1, _num_of(folder, *_SEQUENCE, "query_likelihood"))
 
     def open_sequence(path: str | Path) -> FolderModel:
         if vllm is not None:
@@ -80,14 +80,25 @@ def load_pair_model(
     return open_any(folder)
 
 
-def _num_sequence_models(folder: str | Path) -> int:
-    """How many classifiers and cross-encoders a model folder holds, itself or its members."""
+_SEQUENCE = ("classifier", "cross_encoder")
+
+
+def _num_of(folder: str | Path, *kinds: str) -> int:
+    """How many models of some kinds a model folder holds, itself or its members."""
     kind = read_model_info(folder).kind
     if kind == "ensemble":
         from relevance_ray.engines.ensemble import member_folders
 
-        return sum(_num_sequence_models(path) for path in member_folders(folder))
-    return int(kind in ("classifier", "cross_encoder"))
+        return sum(_num_of(path, *kinds) for path in member_folders(folder))
+    return int(kind in kinds)
+
+
+def _check_vllm_runs(folder: str | Path) -> None:
+    if not _num_of(folder, *_SEQUENCE):
+        raise UserError(
+            f"the vllm engine runs classifiers and cross-encoders, and the teacher {folder} holds none; "
+            "set label.engine=transformers"
+        )
 
 
 def check_engine(options: EngineOptions) -> None:
@@ -106,7 +117,10 @@ def check_engine(options: EngineOptions) -> None:
 
         import_vllm()
     if options.model:
-        read_model_info(localize(options.model))
+        folder = localize(options.model)
+        read_model_info(folder)
+        if options.engine == "vllm":
+            _check_vllm_runs(folder)
 
 
 def open_engine(
@@ -142,11 +156,8 @@ def open_engine(
         )
     model = localize(str(model))
     vllm = options.vllm if options.engine == "vllm" else None
-    if vllm is not None and not _num_sequence_models(model):
-        raise UserError(
-            f"the vllm engine runs classifiers and cross-encoders, and the teacher {model} holds none; "
-            "set label.engine=transformers"
-        )
+    if vllm is not None:
+        _check_vllm_runs(model)
     loaded = load_pair_model(
         model, options.device, options.num_threads, options.max_batch_tokens, compiled=options.compile, vllm=vllm
     )

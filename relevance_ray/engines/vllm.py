@@ -33,7 +33,7 @@ from relevance_ray.model_folder import read_model_info
 CPU_CACHE_BYTES = 1 << 30
 """Keys and values on a CPU, where vLLM would take nine tenths of the machine's memory."""
 SHARED_GPU_UTILIZATION = 0.85
-"""Of a GPU's memory, what several models in it divide among themselves; the rest is a bi-encoder's."""
+"""Of a GPU's memory, what several models in it divide among themselves; vLLM's or not; the rest is a bi-encoder's."""
 MAX_CHOICES = 128
 """vLLM returns the log probabilities of so many chosen tokens."""
 

@@ -91,11 +91,12 @@ def ray_runner(num_workers: int, cpus_per_worker: int = 1, use_gpu: bool = False
             except TrainingFailedError as error:
                 failure = error
         said = ray.get(board.error.remote())
+        with suppress(OSError, StorageError):  # what has gone wrong is said below
+            remove_tree(ray_dir)
         if said and any(read_result(job.work_dir) is None for job in jobs):
             raise UserError(said) from failure
-        if failure is not None:
+        if failure is not None and not said:
             raise failure
-        remove_tree(ray_dir)
 
     return run
 
@@ -107,6 +108,8 @@ def _worker(config: dict[str, Any]) -> None:
     else:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that was not asked for is somebody else's
     board = config["board"]
+    if ray.get(board.error.remote()):
+        return  # all were started anew because of it: the driver tells
 
     def tell(record: dict[str, Any]) -> None:
         board.put.remote(record)
@@ -116,8 +119,8 @@ def _worker(config: dict[str, Any]) -> None:
     except Exception as error:
         if said := what_to_mend(error):
             ray.get(board.fail.remote(said))
-        # What is wrong with the data fails on every worker, and again on a restart. A disk or a store fails on one,
-        # for which the others would wait for ever: Ray ends them all, and tries again.
+        # What is wrong with the data fails on every worker. A disk or a store fails on one, for which the others would
+        # wait for ever: by an error Ray ends them all.
         if not isinstance(error, UserError) or isinstance(error, StorageError):
             raise
 

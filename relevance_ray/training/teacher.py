@@ -6,6 +6,7 @@ each fold, to predict it, and once on everything, to be used. That is the price 
 
 from __future__ import annotations
 
+import io
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -25,7 +26,7 @@ from relevance_ray.engines.registry import load_pair_model
 from relevance_ray.model_folder import ModelInfo, read_model_info, staged_folder, write_model_info
 from relevance_ray.models import resolve_model
 from relevance_ray.schema import LabelScale
-from relevance_ray.storage import absolute, join, localize, remove_tree
+from relevance_ray.storage import absolute, exists, join, localize, read_bytes, remove_tree, write_bytes
 from relevance_ray.student.collate import flatten_groups, grade_distributions, read_judged_split
 from relevance_ray.teacher.classifier import build_classifier
 from relevance_ray.teacher.options import ClassifierOptions
@@ -35,6 +36,7 @@ from relevance_ray.training.options import TeacherMemberOptions, TeacherOptions
 from relevance_ray.training.runners import Job, Runner, local_runner
 from relevance_ray.training.teacher_task import TeacherTaskSpec, query_folds
 
+_PAIRS_AT_ONCE = 512
 Products = Callable[[], Iterable[pa.Table]]
 
 
@@ -77,7 +79,7 @@ def train_teacher(
         return trainer.ensemble(options, out_dir, work_dir)
     if options.kind == "classifier":
         return trainer.classifier(options, out_dir, work_dir)
-    return trainer.untrained(options, options.kind, out_dir)
+    return trainer.untrained(options, options.kind, out_dir, work_dir)
 
 
 def build_untrained(options: TeacherOptions, scale: LabelScale, products: Products, out_dir: Path) -> Path:
@@ -148,14 +150,16 @@ class _Trainer:
         calibration = calibrate(logits, self.judged_file, self.scale)
         return publish_fit(result, join(work_dir, "start"), out_dir, calibration, labels="human judgments")
 
-    def untrained(self, options: TeacherMemberOptions, kind: str, out_dir: str) -> dict[str, Any]:
+    def untrained(
+        self, options: TeacherMemberOptions, kind: str, out_dir: str, work_dir: str, part: str = ""
+    ) -> dict[str, Any]:
         """A model that needs no training, calibrated."""
         if (summary := finished_summary(out_dir)) is not None:
             return summary
         summary = {"labels": "none", "kind": kind}
         with tempfile.TemporaryDirectory() as scratch:
             plain = _untrained_member(options, kind, self.scale, self.products, Path(scratch) / "model")
-            calibration = calibrate(self._logits(plain, "dev"), self.judged_file, self.scale)
+            calibration = calibrate(self._kept_logits(plain, "dev", work_dir, part), self.judged_file, self.scale)
             _publish(plain, out_dir, calibration, summary)
         return summary
 
@@ -180,10 +184,12 @@ class _Trainer:
                     member, full, folder, join(place, "full")
                 )
                 summaries.append(summary)
+                dev_logits.append(self._logits(localize(folder), "dev"))
             else:
-                summaries.append(self.untrained(member, member.kind, folder))
-                train_logits.append(self._logits(localize(folder), "train"))
-            dev_logits.append(self._logits(localize(folder), "dev"))
+                part = f"member {number}"
+                summaries.append(self.untrained(member, member.kind, folder, place, part))
+                train_logits.append(self._kept_logits(localize(folder), "train", place, part))
+                dev_logits.append(self._kept_logits(localize(folder), "dev", place, part))
         features = np.stack(train_logits, axis=1)
         target = grade_distributions(judged, self.scale, self.label_smoothing)
         groups = np.repeat(np.arange(judged.num_rows), np.diff(flat.offsets))
@@ -239,11 +245,29 @@ class _Trainer:
     def _gains(self, member: ClassifierOptions) -> tuple[float, ...]:
         return SINGLE_LOGIT_GAINS if member.num_classes == "single" else self.scale.gains
 
-    def _logits(self, folder: Path, split: str) -> np.ndarray:
+    def _kept_logits(self, folder: Path, split: str, work_dir: str, part: str) -> np.ndarray:
+        """As `_logits`, kept for a run that is killed: an untrained language model takes its time, too."""
+        kept = join(work_dir, f"{split}-logits.npy")
+        if not exists(kept):
+            buffer = io.BytesIO()
+            np.save(buffer, self._logits(folder, split, f"{part}, {split} pairs".lstrip(", ")))
+            write_bytes(kept, buffer.getvalue())
+        logits: np.ndarray = np.load(io.BytesIO(read_bytes(kept)))
+        return logits
+
+    def _logits(self, folder: Path, split: str, part: str = "") -> np.ndarray:
         """float32 [n] of the pairs of a split, NaN where one cannot be scored."""
         model = load_pair_model(folder)
         flat = flatten_groups(read_judged_split(self.judged_file, split))
-        return logit_of_classes(model.label_rows(flat.queries, flat.products).class_logits, model.gains)
+        logits = np.empty(len(flat.queries), dtype=np.float32)
+        for start in range(0, len(logits), _PAIRS_AT_ONCE):
+            rows = slice(start, start + _PAIRS_AT_ONCE)
+            logits[rows] = logit_of_classes(
+                model.label_rows(flat.queries[rows], flat.products[rows]).class_logits, model.gains
+            )
+            if part and self.on_progress is not None:
+                self.on_progress({"part": part, "step": min(rows.stop, len(logits)), "steps": len(logits)})
+        return logits
 
 
 def _publish(plain: Path, out_dir: str, calibration: OrdinalCalibration, summary: dict[str, Any]) -> None:

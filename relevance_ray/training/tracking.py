@@ -38,6 +38,8 @@ class TensorBoard:
 
     def __call__(self, record: Mapping[str, Any]) -> None:
         """Write down a line of the log."""
+        if "dev" not in record and not any(name in record for name in SHOWN):
+            return
         part, step = str(record.get("part", "")), int(record["step"])
         if step < self._last.get(part, step):  # a worker died, and the others went back to a checkpoint with it
             self._writers.pop(part).close()
