@@ -1,16 +1,12 @@
 """The scaling curve, and what a GPU trains and labels a second, on a machine with torch, transformers and the cores alone.
 
-    python benchmarks/gpu.py pack FOLDER [--data FOLDER] [--times 64]
-    python benchmarks/gpu.py measure FOLDER [--results FOLDER] [--seeds 1] [--minutes 9]
+    python benchmarks/gpu.py FOLDER [--results FOLDER] [--seeds 1] [--minutes 9]
 
-`pack` runs where relevance_ray is installed whole: it prepares Home Depot's judgments, generates `--times` as many pairs,
-and puts what the other machine needs into files below 60 MB: MiniLM's weights in half precision, judgments, products, and
-the generated groups as queries and rows of products. (`--quick`: a small demo market.)
-
-`measure` needs neither Ray nor pydantic nor a network. It trains a teacher on the human judgments (all layers, one logit on
-soft targets, the form of arXiv 2505.07105), labels the generated pairs, and distills students of half as many layers from 1,
-2, 4, ... times as many pairs as there are human ones. What it found lies in `--results` (labels and figures, no weights), so
-that a machine which is lent for minutes at a time goes on where the last one ended: nothing new is begun after `--minutes`.
+FOLDER is what `gpu_pack.py` left; neither Ray nor pydantic nor a network is needed. A teacher is trained on the human
+judgments (all layers, one logit on soft targets, the form of arXiv 2505.07105), labels the generated pairs, and students of
+half as many layers are distilled from 1, 2, 4, ... times as many pairs as there are human ones. What was found lies in
+`--results` (labels and figures, no weights), so that a machine which is lent for minutes at a time goes on where the last
+one ended: nothing new is begun after `--minutes`.
 """
 
 from __future__ import annotations
@@ -22,7 +18,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +38,7 @@ from relevance_ray.evaluation.scaling import scaling_markdown, scaling_report
 from relevance_ray.labeling.shard import Known, label_groups
 from relevance_ray.metrics import ndcg
 from relevance_ray.quiet import quiet_libraries
-from relevance_ray.schema import FIELDS, GROUP, query_id
+from relevance_ray.schema import GROUP, query_id
 from relevance_ray.training.options import (
     FitOptions,
     HumanFitOptions,
@@ -55,8 +51,6 @@ from relevance_ray.training.teacher import train_teacher
 
 MODEL = "minilm"
 MAX_TOKENS = 64
-PRODUCTS = 8
-"""Of a generated group."""
 GROUPS_A_FILE = 4_096
 SPEED_PAIRS = 32_768
 """Trained on to measure speed."""
@@ -67,66 +61,8 @@ SPEEDS: list[dict[str, Any]] = [
 ]
 
 
-def pack(arguments: argparse.Namespace) -> None:
-    """Generate the pairs, and put everything that `measure` reads into a folder."""
-    from relevance_ray.config import build_config
-    from relevance_ray.models import resolve_model
-    from relevance_ray.steps import Chain
-    from relevance_ray.storage import CommitLog, read_table
-
-    folder = Path(arguments.folder).absolute()
-    data: dict[str, Any] = {"format": "homedepot", "path": str(Path(arguments.data).resolve())}
-    if arguments.quick:
-        data = {"format": "market", "market_size": 500}
-    values = {
-        "data": data,
-        "storage": {"root": str(folder.with_name(f"{folder.name}-root"))},
-        "generate": {"source": ["log", "titles"], "candidates_per_query": PRODUCTS},
-    }
-    prepared = Path(Chain(build_config(values)).run("prepare").folders["prepare"])
-    human = _pairs(read_judged(prepared, "train"))
-    num_pairs = (4 if arguments.quick else arguments.times) * human
-    chain = Chain(build_config(values, [f"generate.num_pairs={num_pairs}"]))
-    generated = CommitLog(chain.run("generate").folders["generate"])
-    shards = (read_table(generated.path(name)) for name in sorted(generated.committed()))
-    print(json.dumps(write_pack(folder, prepared, shards, resolve_model(MODEL))))
-
-
-def write_pack(folder: Path, prepared: Path, shards: Iterable[pa.Table], model: Path) -> dict[str, int]:
-    """Write judgments, products, generated groups and weights in half precision; the bytes of each file."""
-    from transformers import AutoModel, AutoTokenizer
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("judged_groups.parquet", "scale.json"):
-        shutil.copyfile(prepared / name, folder / name)
-    places: dict[str, int] = {}
-    fields: list[Any] = []
-    queries: list[str] = []
-    rows: list[list[int]] = []
-    for shard in shards:
-        for group in shard.select(["query", "products"]).to_pylist():
-            queries.append(group["query"])
-            rows.append([])
-            for product in group["products"]:
-                if product["product_id"] not in places:
-                    places[product["product_id"]] = len(fields)
-                    fields.append(product["fields"])
-                rows[-1].append(places[product["product_id"]])
-    _write(folder / "products.parquet", {"product_id": pa.array(places), "fields": pa.array(fields, FIELDS)})
-    _write(folder / "groups.parquet", {"query": pa.array(queries), "rows": pa.array(rows, pa.list_(pa.int32()))})
-    AutoModel.from_pretrained(model, dtype=torch.float16).save_pretrained(folder / "weights")
-    AutoTokenizer.from_pretrained(model).save_pretrained(folder / "weights")
-    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
-    assert max(sizes.values()) < 60e6, sizes
-    return {"pairs": sum(map(len, rows)), "bytes": sum(sizes.values()), **sizes}
-
-
 def _pairs(groups: pa.Table) -> int:
     return int(pc.sum(pc.list_value_length(groups["products"])).as_py())
-
-
-def _write(path: Path, columns: dict[str, pa.Array]) -> None:
-    pq.write_table(pa.table(columns), path, compression="zstd", compression_level=19)
 
 
 class Measuring:
@@ -205,7 +141,8 @@ class Measuring:
             logits.append(_logits(labeled))
         seconds = time.monotonic() - began
         whole = np.concatenate(logits)
-        _write(self.results / "labels.parquet", {"logit": pa.array(whole.astype(np.float16))})
+        logits_table = pa.table({"logit": pa.array(whole.astype(np.float16))})
+        pq.write_table(logits_table, self.results / "labels.parquet", compression="zstd")
         return {
             "ndcg": values,
             "trained_pairs_per_second": summary["pairs_per_second"],
@@ -388,28 +325,17 @@ def _array(found: list[Any]) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True)
-    packing = commands.add_parser("pack", help="make the files, where relevance_ray is installed whole")
-    data = os.environ.get("RELEVANCE_RAY_TEST_DATA", "data")
-    packing.add_argument("--data", default=f"{data}/homedepot", help="folder of Home Depot's train.csv")
-    packing.add_argument("--times", type=int, default=64, help="as many generated pairs as human ones")
-    packing.add_argument("--quick", action="store_true", help="a demo market of 500 products, 4 times its judgments")
-    packing.set_defaults(command=pack)
-    measuring = commands.add_parser("measure", help="train, label, distill and time")
-    measuring.add_argument("--results", default="runs/gpu/results", help="labels and figures; read if there")
-    measuring.add_argument("--work", default="runs/gpu/work", help="models and labeled groups; may be lost")
-    measuring.add_argument("--times", type=int, default=64, help="the largest student's pairs, in human ones")
-    measuring.add_argument("--layers", type=int, default=3, help="of the students; the teacher has 6")
-    measuring.add_argument("--epochs", type=int, default=2, help="over the human judgments")
-    measuring.add_argument("--seeds", type=int, default=1)
-    measuring.add_argument("--minutes", type=float, default=1e6, help="nothing new is begun after these")
-    measuring.set_defaults(command=measure)
-    for each in (packing, measuring):
-        each.add_argument("folder", metavar="FOLDER", help="of the pack")
-    arguments = parser.parse_args()
+    parser.add_argument("folder", metavar="FOLDER", help="of the pack")
+    parser.add_argument("--results", default="runs/gpu/results", help="labels and figures; read if there")
+    parser.add_argument("--work", default="runs/gpu/work", help="models and labeled groups; may be lost")
+    parser.add_argument("--times", type=int, default=64, help="the largest student's pairs, in human ones")
+    parser.add_argument("--layers", type=int, default=3, help="of the students; the teacher has 6")
+    parser.add_argument("--epochs", type=int, default=2, help="over the human judgments")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=1e6, help="nothing new is begun after these")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # one process has all cores
     quiet_libraries()
-    arguments.command(arguments)
+    measure(parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from tiny_training import SCALE, build_tiny_encoder, judged_groups, labeled_grou
 
 from relevance_ray import storage
 
-SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu.py"
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 ABSENT = ("ray", "pydantic", "vllm", "s3fs", "bm25s", "faiss", "Stemmer", "datasketch")
 WITHOUT = f"""
 import runpy, sys
@@ -33,20 +33,30 @@ def packed(tmp_path: Path) -> Path:
     judged = judged.set_column(judged.schema.get_field_index("split"), judged.schema.field("split"), pa.array(splits))
     storage.write_table(str(prepared / "judged_groups.parquet"), judged)
     (prepared / "scale.json").write_text(json.dumps(SCALE.to_dict()), encoding="utf-8")
-    spec = importlib.util.spec_from_file_location("gpu", SCRIPT)
+    spec = importlib.util.spec_from_file_location("gpu_pack", BENCHMARKS / "gpu_pack.py")
     assert spec is not None
     assert spec.loader is not None
-    gpu = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(gpu)
+    gpu_pack = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gpu_pack)
     shards = [labeled_groups(150, products=8, seed=seed) for seed in (5, 6)]
-    sizes = gpu.write_pack(tmp_path / "pack", prepared, shards, build_tiny_encoder(tmp_path / "encoder"))
+    sizes = gpu_pack.write_pack(tmp_path / "pack", prepared, shards, build_tiny_encoder(tmp_path / "encoder"))
     assert sizes["pairs"] == 2400
     return tmp_path / "pack"
 
 
 def measure(packed: Path, *options: str) -> tuple[str, dict]:
     folders = ["--results", str(packed.with_name("results")), "--work", str(packed.with_name("work"))]
-    command = [sys.executable, "-c", WITHOUT, str(SCRIPT), "measure", str(packed), "--layers", "1", *folders, *options]
+    command = [
+        sys.executable,
+        "-c",
+        WITHOUT,
+        str(BENCHMARKS / "gpu.py"),
+        str(packed),
+        "--layers",
+        "1",
+        *folders,
+        *options,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout, json.loads(done.stdout.splitlines()[-1])
