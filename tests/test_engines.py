@@ -386,7 +386,7 @@ def test_windows_of_rows_come_out_in_order(cross_encoder: Path, monkeypatch: pyt
     model = load_pair_model(cross_encoder)
     whole = model.label_rows([*QUERIES, "", *QUERIES], [*PRODUCTS, {"title": "x"}, *PRODUCTS])
     read = model.num_tokens
-    monkeypatch.setattr("relevance_ray.engines.transformers._WINDOW_ROWS", 3)
+    monkeypatch.setattr("relevance_ray.engines.encoding.WINDOW_ROWS", 3)
     parted = model.label_rows([*QUERIES, "", *QUERIES], [*PRODUCTS, {"title": "x"}, *PRODUCTS])
     np.testing.assert_allclose(parted.class_logits, whole.class_logits, atol=1e-5)
     assert parted.errors == whole.errors

@@ -18,6 +18,7 @@ import numpy as np
 
 from relevance_ray.templates import Template
 
+WINDOW_ROWS = 4096
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
@@ -126,20 +127,7 @@ class PairEncoder:
         return None
 
     def _tokenize(self, texts: Sequence[str]) -> list[np.ndarray]:
-        if not texts:
-            return []
-        encoded = self.tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            truncation=True,
-            # One more than can ever fit, so that "cut" and "just fits" stay apart.
-            max_length=self._max_tokens + 1,
-            padding=False,
-            split_special_tokens=self.template.prompt is not None,
-        )["input_ids"]
-        return [np.asarray(ids, dtype=np.int32) for ids in encoded]
+        return tokenize(self.tokenizer, texts, self._max_tokens, literal=self.template.prompt is not None)
 
     def _literal(self, text: str) -> np.ndarray:
         return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
@@ -172,6 +160,24 @@ class PairEncoder:
         self._types = (0, 0) if has_types else None
 
 
+def tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int, *, literal: bool) -> list[np.ndarray]:
+    """int32 ids of each text without special tokens, cut to one more than `max_tokens`, so that "cut" and "just fits" stay
+    apart; with `literal`, what looks like a special token inside a text is text."""
+    if not texts:
+        return []
+    encoded = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        truncation=True,
+        max_length=max_tokens + 1,
+        padding=False,
+        split_special_tokens=literal,
+    )["input_ids"]
+    return [np.asarray(ids, dtype=np.int32) for ids in encoded]
+
+
 def start_tokens(tokenizer: Any) -> np.ndarray:
     """int32: whatever begins every input of this model (a start token), which begins a prompt too. An end token does not
     end a prompt, because the last token is the one that is read."""
@@ -189,6 +195,16 @@ def ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+def in_windows(
+    encode: Callable[[Sequence[str], Sequence[Mapping[str, Any]]], Made],
+    queries: Sequence[str],
+    products: Sequence[Mapping[str, Any]],
+) -> Iterator[tuple[slice, Made]]:
+    """Pairs encoded a window of rows at a time, each while the caller is at work on the one before."""
+    windows = [slice(start, start + WINDOW_ROWS) for start in range(0, len(queries), WINDOW_ROWS)]
+    yield from zip(windows, ahead(lambda rows: encode(queries[rows], products[rows]), windows), strict=True)
 
 
 def token_batches(lengths: Sequence[int] | np.ndarray, max_batch_tokens: int) -> list[np.ndarray]:

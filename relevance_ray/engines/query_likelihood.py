@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from relevance_ray.engines.base import SINGLE_LOGIT_GAINS, FolderModel
-from relevance_ray.engines.encoding import ahead, start_tokens, token_batches
+from relevance_ray.engines.encoding import in_windows, start_tokens, token_batches, tokenize
 from relevance_ray.engines.sequence import check_positions, check_writes
 from relevance_ray.engines.transformers import DEFAULT_BATCH_TOKENS, as_class_logits, pick_device, pick_dtype
 from relevance_ray.model_folder import ModelInfo, finish_folder, read_model_info, staged_folder
@@ -33,7 +33,6 @@ PROMPT = ("Product:", "A customer found this product with the search query:")
 _END = "\n"
 _MAX_LOGITS = 1 << 26
 """Logits made at once, whatever the size of the vocabulary: half a gigabyte, with what they are summed through."""
-_WINDOW_ROWS = 4096
 
 
 @dataclass(slots=True)
@@ -111,18 +110,7 @@ class QueryEncoder:
         return None
 
     def _tokens(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Literal special tokens inside a text are plain text; what can never fit is cut."""
-        if not texts:
-            return []
-        encoded = self.tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            return_attention_mask=False,
-            split_special_tokens=True,
-            truncation=True,
-            max_length=self.template.max_tokens + 1,
-        )["input_ids"]
-        return [np.asarray(ids, dtype=np.int32) for ids in encoded]
+        return tokenize(self.tokenizer, texts, self.template.max_tokens, literal=True)
 
 
 class QueryLikelihoodModel(FolderModel):
@@ -147,14 +135,8 @@ class QueryLikelihoodModel(FolderModel):
     ) -> tuple[np.ndarray, list[str | None]]:
         after_product = np.full(len(queries), np.nan)
         errors: list[str | None] = []
-        starts = range(0, len(queries), _WINDOW_ROWS)
-
-        def encode(start: int) -> EncodedQueries:
-            stop = start + _WINDOW_ROWS
-            return self.encoder.encode(queries[start:stop], products[start:stop])
-
-        for start, encoded in zip(starts, ahead(encode, starts), strict=True):
-            after_product[start : start + _WINDOW_ROWS] = self._mean_log_likelihood(encoded)
+        for rows, encoded in in_windows(self.encoder.encode, queries, products):
+            after_product[rows] = self._mean_log_likelihood(encoded)
             errors += encoded.errors
         known = list(dict.fromkeys(query for query, error in zip(queries, errors, strict=True) if error is None))
         alone = dict(zip(known, self._mean_log_likelihood(self.encoder.encode_alone(known)).tolist(), strict=True))

@@ -17,11 +17,10 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from relevance_ray.engines.base import SINGLE_LOGIT_GAINS, FolderModel
-from relevance_ray.engines.encoding import EncodedPairs, PairEncoder, ahead, token_batches
+from relevance_ray.engines.encoding import EncodedPairs, PairEncoder, in_windows, token_batches
 from relevance_ray.model_folder import ModelInfo, read_model_info
 
 DEFAULT_BATCH_TOKENS = 8192
-_WINDOW_ROWS = 4096
 
 
 class SequenceModel(FolderModel):
@@ -64,14 +63,8 @@ class SequenceModel(FolderModel):
     ) -> tuple[np.ndarray, list[str | None]]:
         class_logits = np.full((len(queries), len(self.gains)), np.nan, dtype=np.float32)
         errors: list[str | None] = []
-        starts = range(0, len(queries), _WINDOW_ROWS)
-
-        def encode(start: int) -> EncodedPairs:
-            stop = start + _WINDOW_ROWS
-            return self.encoder.encode(queries[start:stop], products[start:stop])
-
-        for start, encoded in zip(starts, ahead(encode, starts), strict=True):
-            class_logits[start : start + _WINDOW_ROWS] = self._class_logits(encoded)
+        for rows, encoded in in_windows(self.encoder.encode, queries, products):
+            class_logits[rows] = self._class_logits(encoded)
             errors += encoded.errors
         return class_logits, errors
 
