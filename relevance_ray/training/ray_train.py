@@ -119,10 +119,7 @@ def _worker(config: dict[str, Any]) -> None:
     except Exception as error:
         if said := what_to_mend(error):
             ray.get(board.fail.remote(said))
-        # What is wrong with the data fails on every worker. A disk or a store fails on one, for which the others would
-        # wait for ever: by an error Ray ends them all.
-        if not isinstance(error, UserError) or isinstance(error, StorageError):
-            raise
+        raise  # Ray ends the other workers, which might wait for this one for ever
 
 
 @contextmanager
