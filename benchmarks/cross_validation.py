@@ -5,7 +5,11 @@ chain of `--config` on the other folds' queries (teacher, generated pairs, label
 those human labels alone, and scores the fold's own queries. Joined, each judged query is scored once, by models that
 never saw it nor a near-duplicate of it, and the bootstrap draws from all of them.
 
-    python benchmarks/cross_validation.py [--config jobs/esci.yaml|jobs/chorus.yaml] --data FOLDER [--work FOLDER] [--quick]
+With `--rounds 2` a fold's student labels the same pairs again, and a second student learns from those labels
+(self-distillation); the report's teacher is then the student before the last.
+
+    python benchmarks/cross_validation.py [--config jobs/esci.yaml|jobs/chorus.yaml] --data FOLDER [--work FOLDER]
+        [--set KEY=VALUE ...] [--folds N] [--rounds N] [--quick]
 
 Killed and started again it goes on where it was: a fold with predictions is skipped, a half-done one resumes its chain.
 Trained models enter pooled metrics (AUC, recall at a precision) by their calibrated log-odds, since raw logits of
@@ -74,9 +78,10 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the configuration")
     parser.add_argument("--work", default="runs/cross_validation", help="where folds are kept, and resumed from")
     parser.add_argument("--folds", type=int, help="number of folds (5; 2 with --quick)")
+    parser.add_argument("--rounds", type=int, default=1, help="students in turn, each labels what the next learns from")
     parser.add_argument("--quick", action="store_true", help="2 folds, untrained teacher, 2-layer student, few labels")
     arguments = parser.parse_args()
-    num_folds = arguments.folds or (2 if arguments.quick else 5)
+    arguments.folds = arguments.folds or (2 if arguments.quick else 5)
     data_format = load_config(arguments.config).data.format
     data = arguments.data or f"{os.environ.get('RELEVANCE_RAY_TEST_DATA', 'data')}/{data_format}"
     work = Path(arguments.work).absolute() / data_format / ("quick" if arguments.quick else "full")
@@ -84,21 +89,18 @@ def main() -> None:
     quiet_libraries()
     folds: list[tuple[JudgedPairs, dict[str, Predictions]]] = []
     judged, seconds = [], 0.0
-    for fold in range(num_folds):
-        config = load_config(
-            arguments.config,
-            [
-                *(QUICK if arguments.quick else []),
-                *arguments.set,
-                f"evaluate.baselines={json.dumps(list(BASELINES))}",
-                f"data.path={json.dumps(str(Path(data).resolve()))}",
-                f"data.folds={num_folds}",
-                f"data.fold={fold}",
-                f"storage.root={json.dumps(str(work / f'fold-{fold}'))}",
-            ],
-        )
-        print(f"fold {fold + 1} of {num_folds}", flush=True)
-        table = fold_predictions(config)
+    for fold in range(arguments.folds):
+        settings = [
+            *(QUICK if arguments.quick else []),
+            *arguments.set,
+            f"evaluate.baselines={json.dumps(list(BASELINES))}",
+            f"data.path={json.dumps(str(Path(data).resolve()))}",
+            f"data.folds={arguments.folds}",
+            f"data.fold={fold}",
+            f"storage.root={json.dumps(str(work / f'fold-{fold}'))}",
+        ]
+        print(f"fold {fold + 1} of {arguments.folds}", flush=True)
+        config, table = fold_predictions(arguments.config, settings, arguments.rounds)
         prepared = StepFolders(config).folder("prepare")
         scale = read_scale(prepared)
         judged.append(read_judged(prepared, "test"))
@@ -109,32 +111,37 @@ def main() -> None:
     split = compare_predictions(pairs, predictions, scale, config.evaluate)
     about = {
         "command": shlex.join(["python", "benchmarks/cross_validation.py", *sys.argv[1:]]),
-        "folds": f"{num_folds}, by query; near-duplicate queries in one fold",
+        "folds": f"{arguments.folds}, by query; near-duplicate queries in one fold",
         "pairs labeled in each fold": f"{config.generate.num_pairs:,}",
+        "rounds": f"{arguments.rounds}"
+        + (", the teacher is the student of the round before" if arguments.rounds > 1 else ""),
         "hardware": f"{os.cpu_count()} CPUs {platform.machine()}, torch {torch.__version__}",
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "time": f"{seconds / 60:.0f} minutes over all folds, each in its last attempt",
     }
-    results = as_results({f"{num_folds}-fold cross-validation": split}, scale, config.evaluate)
+    results = as_results({f"{arguments.folds}-fold cross-validation": split}, scale, config.evaluate)
     write_report(results, str(work), title=f"{data_format}, cross-validated", about=about)
     print((work / "report.md").read_text())
-    print(json.dumps(last_line(split, scale, seconds, quick=arguments.quick, num_folds=num_folds)))
+    print(json.dumps(last_line(split, scale, seconds, arguments)))
 
 
-def fold_predictions(config: Config) -> pa.Table:
-    """Predictions of all models for the test queries of one fold, made once for a configuration.
+def fold_predictions(config_file: str, settings: list[str], rounds: int) -> tuple[Config, pa.Table]:
+    """The configuration of a fold, and predictions of all models for its test queries, made once for a configuration.
 
     The columns of the evaluation's `predictions.parquet`, a trained model's logits calibrated; the fold's `seconds` lie
     in the schema's metadata.
     """
-    folders = StepFolders(config)
-    keys = [folders.key("train-teacher"), folders.key("generate"), VERSIONS]
-    identity = storage.fingerprint(keys, semantic(config), config.generate.num_pairs)
+    config = load_config(config_file, settings)
+    identity = storage.fingerprint(
+        StepFolders(config).key("generate"), VERSIONS, semantic(config), config.generate.num_pairs, rounds
+    )
     path = f"{config.storage.root}/predictions-{identity}.parquet"
     if storage.exists(path):
         print(f"predictions are there, skipped ({path})", flush=True)
-        return storage.read_table(path)
+        return config, storage.read_table(path)
     started = time.monotonic()
+    for _ in range(rounds - 1):
+        config = load_config(config_file, [*settings, f"label.model={Chain(config).student()}"])
     chain = Chain(config)
     folders_of_steps = chain.run().folders
     scale = read_scale(folders_of_steps["prepare"])
@@ -151,7 +158,7 @@ def fold_predictions(config: Config) -> pa.Table:
         table = table.set_column(table.schema.get_field_index(f"{name}.logit"), f"{name}.logit", logits)
     table = table.replace_schema_metadata({"seconds": f"{time.monotonic() - started:.1f}"})
     storage.write_table(path, table)
-    return table
+    return config, table
 
 
 def read_predictions(table: pa.Table) -> dict[str, Predictions]:
@@ -175,7 +182,7 @@ def join_folds(
 
 
 def last_line(
-    split: dict[str, Any], scale: LabelScale, seconds: float, *, quick: bool, num_folds: int
+    split: dict[str, Any], scale: LabelScale, seconds: float, arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """The figures, and the student against each other model: what the line of JSON says."""
     names = list(split["models"]["student"]["metrics"])
@@ -202,8 +209,9 @@ def last_line(
                 )
     return {
         "benchmark": "cross_validation",
-        "quick": quick,
-        "folds": num_folds,
+        "quick": arguments.quick,
+        "folds": arguments.folds,
+        "rounds": arguments.rounds,
         "scale": scale.name,
         "queries": split["num_queries"],
         "rows": split["num_pairs"],

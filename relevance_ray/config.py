@@ -11,7 +11,7 @@ import difflib
 import json
 import math
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,12 @@ class Config:
     evaluate: EvaluateOptions = option(EvaluateOptions(), "How models are compared on held-out human judgments")
     serve: ServeOptions = option(ServeOptions(), "How the student is served")
     resources: ResourceOptions = option(ResourceOptions(), "What each step may ask of the cluster")
+
+    def given_models(self, steps: Collection[str]) -> dict[str, str]:
+        """The finished model folders that some steps are given, by the key that names each."""
+        given = {"label.model": self.label.model} if self.label.model and "label" in steps else {}
+        others = self.evaluate.models if "evaluate" in steps else {}
+        return given | {f"evaluate.models.{name}": path for name, path in others.items()}
 
 
 _ADAPTER = TypeAdapter(Config)

@@ -20,6 +20,7 @@ from relevance_ray.config import Config
 from relevance_ray.engines.registry import check_engine, check_generator
 from relevance_ray.errors import UserError
 from relevance_ray.lease import Lease
+from relevance_ray.model_folder import read_model_info
 from relevance_ray.models import check_layers, resolve_model
 from relevance_ray.ray_session import check_resources
 from relevance_ray.storage import (
@@ -85,6 +86,8 @@ class Chain:
                     summary = work.run(step, folder)
                 outcome.add(step, folder, summary)
                 self._write_latest(outcome)
+                if step == "prepare":
+                    work.check_scales(steps)
         return outcome
 
     def retry_failed(self) -> Outcome:
@@ -147,11 +150,14 @@ class Chain:
         files = {
             **{f"generate.{key}": path for key, path in config.generate.files.items()},
             "label.path": config.label.path,
-            "label.model": config.label.model,
         }
         for key, path in files.items():
             if path and key.split(".")[0] in steps and not exists(path):
-                raise UserError(f"{key} {path} does not exist; name the {'folder' if key == 'label.model' else 'file'}")
+                raise UserError(f"{key} {path} does not exist; name the file")
+        for key, path in config.given_models(steps).items():
+            if not exists(path):
+                raise UserError(f"{key} {path} does not exist; name the folder")
+            read_model_info(localize(path))
         members = config.teacher.members or [config.teacher]
         if config.label.engine == "vllm" and self.at.trains_teacher and all(m.kind != "classifier" for m in members):
             raise UserError("label.engine=vllm runs classifiers, and teacher has none; set label.engine=transformers")

@@ -100,7 +100,10 @@ def test_a_finished_chain_is_skipped_and_growth_does_only_what_is_new(tmp_path: 
 
     said.clear()
     before = CommitLog(first.folders["label"]).committed()
-    grown = Chain(build_config(values(tmp_path, encoder, num_pairs=1000)), said.append).run()
+    beside = build_config(
+        values(tmp_path, encoder, num_pairs=1000), [f"evaluate.models={{of-800: {latest['student']}}}"]
+    )
+    grown = Chain(beside, said.append).run()
     assert {name: grown.folders[name] == first.folders[name] for name in STEPS} == {
         "prepare": True,
         "train-teacher": True,
@@ -112,6 +115,9 @@ def test_a_finished_chain_is_skipped_and_growth_does_only_what_is_new(tmp_path: 
     assert "label: 4 of 5 shards were labeled before and were skipped" in said
     assert before.items() <= CommitLog(grown.folders["label"]).committed().items()
     assert not any("human labels alone" in line for line in said), "the baseline does not depend on the pairs"
+    compared = json.loads((Path(grown.folders["evaluate"]) / "report.json").read_text())["splits"]["test"]["models"]
+    assert compared["of-800"]["metrics"] == report["splits"]["test"]["models"]["student"]["metrics"]
+    assert compared["of-800"]["metrics"] != compared["student"]["metrics"]
 
     said.clear()
     back = Chain(build_config(values(tmp_path, encoder)), said.append).run()
@@ -132,7 +138,7 @@ def test_a_finished_chain_is_skipped_and_growth_does_only_what_is_new(tmp_path: 
     shutil.copytree(latest["teacher"], other)
     (other / "relevance.json").write_text(json.dumps(info))
     given["label"] = {"model": str(other)}
-    with pytest.raises(UserError, match="give a teacher of the same scale"):
+    with pytest.raises(UserError, match="give a model of the same scale"):
         Chain(build_config(given), said.append).run("label")
 
 

@@ -36,6 +36,7 @@ JOBS = sorted((Path(__file__).resolve().parents[1] / "jobs").glob("*.yaml"))
             {"generate": {"source": ["log", "title"]}},
             "conf: generate.source.1: Input should be 'log', 'titles', 'llm' or",
         ),
+        ({"evaluate": {"models": {"student": "elsewhere"}}}, "conf: evaluate: models.student must be named otherwise"),
         ({"student": {"fit": {"patience": 3}}}, "conf: student.fit: patience never ends a run that is evaluated once"),
     ],
 )

@@ -96,7 +96,8 @@ class StepFolders:
             return [self.key("prepare"), self.key("train-student")]
         given = content_id(config.label.model) if config.label.model else ""
         teacher = self.key("train-teacher") if self.trains_teacher else given
-        return [self.key("prepare"), self.key("train-student"), teacher, semantic(config.evaluate)]
+        others = [content_id(path) for path in config.evaluate.models.values()]
+        return [self.key("prepare"), self.key("train-student"), teacher, others, semantic(config.evaluate)]
 
     def judged_key(self) -> str:
         """The fingerprint of the human judgments with their products, known once `prepare` is done. A teacher hangs on

@@ -189,6 +189,7 @@ class TrainingWork:
         if (teacher := self.at.teacher()) is not None:
             folders["teacher"] = localize(teacher)
         folders["human_only"] = self.human_only()
+        folders |= {name: localize(path) for name, path in self.config.evaluate.models.items()}
         return folders | build_baselines(
             self.config.evaluate,
             partial(iter_products, prepared),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from relevance_ray.chain.tools import StepTools
 from relevance_ray.chain.trainings import TrainingWork
 from relevance_ray.errors import UserError
 from relevance_ray.model_folder import read_model_info
-from relevance_ray.schema import LabelScale
 from relevance_ray.storage import (
     CommitLog,
     is_remote,
@@ -66,6 +65,19 @@ class StepWork:
         write_json(join(folder, "step.json"), marker)
         return summary
 
+    def check_scales(self, steps: Collection[str]) -> None:
+        """Refuse models whose grades are others than the prepared data's, before any of the steps after `prepare`."""
+        from relevance_ray.data.prepare import read_scale
+
+        scale = read_scale(self.tools.prepared())
+        for key, model in self.config.given_models(steps).items():
+            given = read_model_info(localize(model)).scale
+            if (given.grades, given.gains) != (scale.grades, scale.gains):
+                raise UserError(
+                    f"{key} {model} grades {', '.join(given.grades)} with gains {list(given.gains)}, the data "
+                    f"{', '.join(scale.grades)} with {list(scale.gains)}; give a model of the same scale"
+                )
+
     def _prepare(self, folder: str) -> dict[str, Any]:
         from relevance_ray.data.prepare import prepare
 
@@ -112,8 +124,6 @@ class StepWork:
         model = self.at.teacher()
         resources = self.config.resources
         scale, smoothing = read_scale(self.tools.prepared()), self.config.data.label_smoothing
-        if self.config.label.model:
-            _check_scale(self.config.label.model, scale)
         factory = partial(open_engine, self.config.label, model, scale, smoothing)
         if model is None:
             factory()  # out of an actor, what the user must mend in a file of labels would be no `UserError` any more
@@ -224,13 +234,3 @@ class StepWork:
             member.kind if member.kind == "bm25" else f"{member.kind} {member.model}" for member in teacher.members
         )
         return f"ensemble of {', '.join(members)}"
-
-
-def _check_scale(model: str, scale: LabelScale) -> None:
-    """Refuse a teacher whose classes are others than the data's."""
-    given = read_model_info(localize(model)).scale
-    if (given.grades, given.gains) != (scale.grades, scale.gains):
-        raise UserError(
-            f"label.model {model} grades {', '.join(given.grades)} with gains {list(given.gains)}, the data "
-            f"{', '.join(scale.grades)} with {list(scale.gains)}; give a teacher of the same scale"
-        )

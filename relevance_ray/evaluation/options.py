@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from relevance_ray.options import STRICT, option
 from relevance_ray.training.options import HumanFitOptions
 
 Baseline = Literal["bm25", "cosine", "random"]
+MODEL_NAME = re.compile("[A-Za-z0-9_-]{1,40}")
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,9 @@ class EvaluateOptions:
         ["bm25", "cosine", "random"], "Untrained scorers beside the models: BM25, a zero-shot cosine, random order"
     )
     cosine_model: str = option("minilm", "Encoder of the zero-shot cosine: a short name, a folder or a hub id")
+    models: dict[str, str] = option(
+        {}, "Further model folders beside the run's own, by the name that the report gives each: another student, say"
+    )
     human_loss: Literal["margin_mse", "soft_bce"] = option(
         "soft_bce", "Loss of the same student on human labels alone: on the soft targets, or on their log-odds' margins"
     )
@@ -35,6 +40,11 @@ class EvaluateOptions:
             raise ValueError(f"splits {self.splits} must name some of train, dev, test")
         if any(k < 1 for k in self.ks):
             raise ValueError(f"ks {self.ks} must be cutoffs of at least 1")
+        for name in self.models:
+            if name in ("student", "teacher", "human_only", *get_args(Baseline)) or not MODEL_NAME.fullmatch(name):
+                raise ValueError(
+                    f"models.{name} must be named otherwise: by letters, digits, _ and -, and not as the report's own models"
+                )
         if self.human_fit.sharded:
             raise ValueError("human_fit.sharded is for teachers; a student fits every worker")
         if not 0 < self.precision <= 1:
