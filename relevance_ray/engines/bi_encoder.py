@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from relevance_ray.engines.base import SINGLE_LOGIT_GAINS, FolderModel
 from relevance_ray.engines.encoding import token_batches
-from relevance_ray.engines.transformers import DEFAULT_BATCH_TOKENS, as_class_logits, pick_device, pick_dtype
+from relevance_ray.engines.transformers import as_class_logits, batch_tokens, pick_device, pick_dtype
 from relevance_ray.model_folder import ModelInfo, finish_folder, read_model_info, staged_folder
 from relevance_ray.schema import LabelScale
 from relevance_ray.templates import Template
@@ -40,12 +40,12 @@ class TextEncoder:
         self,
         folder: str | Path,
         device: str = "auto",
-        max_batch_tokens: int = DEFAULT_BATCH_TOKENS,
+        max_batch_tokens: int | None = None,
         max_tokens: int = 128,
     ) -> None:
         self.num_tokens = 0
         self.device = pick_device(device)
-        self.max_batch_tokens = max_batch_tokens
+        self.max_batch_tokens = batch_tokens(max_batch_tokens, self.device)
         self.max_tokens = max_tokens
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model = AutoModel.from_pretrained(folder, dtype=pick_dtype(self.device)).to(self.device).eval()
@@ -81,7 +81,7 @@ class TextEncoder:
 
 
 def embed_texts(
-    folder: str | Path, texts: Sequence[str], max_batch_tokens: int = DEFAULT_BATCH_TOKENS, device: str = "auto"
+    folder: str | Path, texts: Sequence[str], max_batch_tokens: int | None = None, device: str = "auto"
 ) -> np.ndarray:
     """Unit vectors float32 [n, d] of texts, by a model loaded for this call; hold a `TextEncoder` for several."""
     return TextEncoder(folder, device, max_batch_tokens).embed(texts)
@@ -92,7 +92,7 @@ class BiEncoderModel(FolderModel):
 
     gains = SINGLE_LOGIT_GAINS
 
-    def __init__(self, folder: str | Path, device: str = "auto", max_batch_tokens: int = DEFAULT_BATCH_TOKENS) -> None:
+    def __init__(self, folder: str | Path, device: str = "auto", max_batch_tokens: int | None = None) -> None:
         self.info = read_model_info(folder)
         self.encoder = TextEncoder(folder, device, max_batch_tokens, self.info.template.max_tokens)
         self.logit_scale = float(self.info.extra["logit_scale"])

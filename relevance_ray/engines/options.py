@@ -98,7 +98,9 @@ class EngineOptions:
         "", "file engine: a Parquet, CSV or JSON-lines file with query, product_id and grade or logit", operational=True
     )
     noise: float = option(0.0, "oracle engine: chance that a label is a neighbouring grade instead of the true one")
-    max_batch_tokens: int = option(8192, "padded tokens in one forward pass", operational=True)
+    max_batch_tokens: int | None = option(
+        None, "padded tokens in one forward pass; none: 8192, or 2048 on a CPU", operational=True
+    )
     compile: bool = option(
         False, "run the teacher through torch.compile; pays after some minutes of labeling", operational=True
     )
@@ -111,7 +113,7 @@ class EngineOptions:
     vllm: VllmOptions = option(VllmOptions(), "what engine `vllm` hands on")
 
     def __post_init__(self) -> None:
-        if self.max_batch_tokens < 1:
+        if self.max_batch_tokens is not None and self.max_batch_tokens < 1:
             raise ValueError(f"max_batch_tokens {self.max_batch_tokens} must be at least 1")
         if self.compact_mb <= 0:
             raise ValueError(f"compact_mb {self.compact_mb} must be more than 0")

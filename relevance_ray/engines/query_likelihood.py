@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from relevance_ray.engines.base import SINGLE_LOGIT_GAINS, FolderModel
 from relevance_ray.engines.encoding import in_windows, start_tokens, token_batches, tokenize
 from relevance_ray.engines.sequence import check_positions, check_writes
-from relevance_ray.engines.transformers import DEFAULT_BATCH_TOKENS, as_class_logits, pick_device, pick_dtype
+from relevance_ray.engines.transformers import as_class_logits, batch_tokens, pick_device, pick_dtype
 from relevance_ray.model_folder import ModelInfo, finish_folder, read_model_info, staged_folder
 from relevance_ray.schema import LabelScale
 from relevance_ray.templates import Template
@@ -118,9 +118,10 @@ class QueryLikelihoodModel(FolderModel):
 
     gains = SINGLE_LOGIT_GAINS
 
-    def __init__(self, folder: str | Path, device: str = "auto", max_batch_tokens: int = DEFAULT_BATCH_TOKENS) -> None:
+    def __init__(self, folder: str | Path, device: str = "auto", max_batch_tokens: int | None = None) -> None:
         self.info = read_model_info(folder)
-        self.device, self.max_batch_tokens = pick_device(device), max_batch_tokens
+        self.device = pick_device(device)
+        self.max_batch_tokens = batch_tokens(max_batch_tokens, self.device)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         self.encoder = QueryEncoder(tokenizer, self.info.template, self.info.extra["prompt"])
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=pick_dtype(self.device)).to(self.device).eval()

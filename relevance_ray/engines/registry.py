@@ -17,14 +17,12 @@ from relevance_ray.models import resolve_model
 from relevance_ray.schema import LabelScale
 from relevance_ray.storage import is_remote, localize
 
-DEFAULT_BATCH_TOKENS = 8192
-
 
 def load_pair_model(
     folder: str | Path,
     device: str = "auto",
     num_threads: int | None = None,
-    max_batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    max_batch_tokens: int | None = None,
     *,
     compiled: bool = False,
     vllm: VllmOptions | None = None,
@@ -35,7 +33,7 @@ def load_pair_model(
         folder: written by training, or by `build_bi_encoder_folder` and its kin.
         device: a torch device, or "auto".
         num_threads: CPU threads of torch in this process; None or 0 leaves them.
-        max_batch_tokens: padded tokens of one forward pass.
+        max_batch_tokens: padded tokens of one forward pass; None for what suits the device.
         compiled: run classifiers and cross-encoders through `torch.compile`.
         vllm: run classifiers and cross-encoders, an ensemble's too, through vLLM; `close` the model when done.
 

@@ -20,7 +20,9 @@ from relevance_ray.engines.base import SINGLE_LOGIT_GAINS, FolderModel
 from relevance_ray.engines.encoding import EncodedPairs, PairEncoder, in_windows, token_batches
 from relevance_ray.model_folder import ModelInfo, read_model_info
 
-DEFAULT_BATCH_TOKENS = 8192
+GPU_BATCH_TOKENS = 8192
+CPU_BATCH_TOKENS = 2048
+"""Activations of more are mapped and cleared anew for every layer: a third of the time."""
 
 
 class SequenceModel(FolderModel):
@@ -29,7 +31,7 @@ class SequenceModel(FolderModel):
     Args:
         folder: a model folder of kind cross_encoder or classifier.
         device: a torch device, or "auto".
-        max_batch_tokens: padded tokens of one forward pass.
+        max_batch_tokens: padded tokens of one forward pass (`batch_tokens`).
         compiled: run through `torch.compile`, which takes a minute to pay for itself.
     """
 
@@ -37,14 +39,14 @@ class SequenceModel(FolderModel):
         self,
         folder: str | Path,
         device: str = "auto",
-        max_batch_tokens: int = DEFAULT_BATCH_TOKENS,
+        max_batch_tokens: int | None = None,
         *,
         compiled: bool = False,
     ) -> None:
         self._num_tokens = 0
         self.info = read_model_info(folder)
         self.device = pick_device(device)
-        self.max_batch_tokens = max_batch_tokens
+        self.max_batch_tokens = batch_tokens(max_batch_tokens, self.device)
         self.encoder = PairEncoder(AutoTokenizer.from_pretrained(folder), self.info.template)
         model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=pick_dtype(self.device))
         if model.config.pad_token_id is None:
@@ -87,6 +89,11 @@ def pick_device(device: str) -> torch.device:
 def pick_dtype(device: torch.device) -> torch.dtype:
     """Float32 on a CPU, bf16 on a GPU."""
     return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def batch_tokens(wanted: int | None, device: torch.device) -> int:
+    """Tokens of one forward pass: those that are wanted, else what suits the device."""
+    return wanted or (CPU_BATCH_TOKENS if device.type == "cpu" else GPU_BATCH_TOKENS)
 
 
 def gains_of(info: ModelInfo, num_labels: int) -> tuple[float, ...]:

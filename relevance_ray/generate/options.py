@@ -97,7 +97,9 @@ class GenerateOptions:
     )
     groups_per_shard: int = option(64, "queries in a shard, the unit of commit of generation and labeling")
     seed: int = option(0, "another seed draws other queries and other candidates")
-    max_batch_tokens: int = option(16_384, "tokens in one batch of the dense model", operational=True)
+    max_batch_tokens: int | None = option(
+        None, "padded tokens in one batch of the dense model; none: 8192, or 2048 on a CPU", operational=True
+    )
 
     def __post_init__(self) -> None:
         if self.num_pairs < 1:
@@ -114,8 +116,8 @@ class GenerateOptions:
                 f"({self.max_title_words})"
             )
         for name in ("dense_max_products", "max_batch_tokens", "products_per_shard"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
         for language in self.stopwords:
             if language not in STOPWORDS:
                 raise ValueError(f"stopwords names {language!r}, which is none of {', '.join(STOPWORDS)}")
