@@ -6,7 +6,8 @@ on, and a larger one adds to what is there. It changes nothing of a run: no step
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +63,11 @@ def measure_scaling(
     first = work.config.student.fit.seed
     folders = work.students_of(sizes, range(first, first + seeds))
     key = at.key("prepare")
-    by_size = {
-        size: np.stack([_per_query(at.root, key, each, judged) for each in found])
-        for size, found in zip(sizes, folders, strict=True)
-    }
-    lines = {name: _per_query(at.root, key, folder, judged) for name, folder in models.items()}
+    num_models = sum(map(len, folders)) + len(models)
+    with work.tools.progress("score", num_models * judged.num_pairs, "pairs") as progress:
+        measure = partial(_per_query, at.root, key, judged, progress.advance)
+        by_size = {size: np.stack([*map(measure, found)]) for size, found in zip(sizes, folders, strict=True)}
+        lines = {name: measure(folder) for name, folder in models.items()}
     report = scaling_report(by_size, lines, teacher) | {
         "split": split,
         "seeds": seeds,
@@ -75,15 +76,18 @@ def measure_scaling(
     return report, _write(join(at.root, FOLDER), report)
 
 
-def _per_query(root: str, prepared: str, folder: Path, judged: JudgedPairs) -> np.ndarray:
+def _per_query(
+    root: str, prepared: str, judged: JudgedPairs, on_progress: Callable[[int], object], folder: Path
+) -> np.ndarray:
     """nDCG of each query, float64 [q], as the model of a folder ranks them; remembered under the root."""
     info = (folder / "relevance.json").read_text(encoding="utf-8")
     key = fingerprint(prepared, str(folder), info, judged.num_pairs)
     place = join(root, FOLDER, "ndcg", f"{key}.json")
     try:
         known = read_json(place)
+        on_progress(judged.num_pairs)
     except FileNotFoundError:
-        logits = predict(load_pair_model(folder), judged).logits
+        logits = predict(load_pair_model(folder), judged, on_progress).logits
         known = [None if np.isnan(value) else float(value) for value in ndcg(judged.gains, logits, judged.offsets)]
         write_json(place, known)
     return np.asarray([np.nan if value is None else value for value in known], dtype=np.float64)
