@@ -57,9 +57,8 @@ from relevance_ray.schema import LabelScale
 from relevance_ray.steps import Chain
 
 ROOT = Path(__file__).resolve().parents[1]
-TRAINED = ("student", "teacher", "human_only")
 BASELINES: tuple[Baseline, ...] = ("cosine", "bm25")
-MODELS = (*TRAINED, *BASELINES)
+UNTRAINED = (*BASELINES, "random")
 
 QUICK = [
     "teacher={kind: ensemble, members: [{kind: bi_encoder, max_tokens: 32}, {kind: bm25}]}",
@@ -81,6 +80,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1, help="students in turn, each labels what the next learns from")
     parser.add_argument("--quick", action="store_true", help="2 folds, untrained teacher, 2-layer student, few labels")
     arguments = parser.parse_args()
+    if arguments.rounds < 1:
+        parser.error(f"--rounds {arguments.rounds} must be at least 1")
     arguments.folds = arguments.folds or (2 if arguments.quick else 5)
     data_format = load_config(arguments.config).data.format
     data = arguments.data or f"{os.environ.get('RELEVANCE_RAY_TEST_DATA', 'data')}/{data_format}"
@@ -100,7 +101,8 @@ def main() -> None:
             f"storage.root={json.dumps(str(work / f'fold-{fold}'))}",
         ]
         print(f"fold {fold + 1} of {arguments.folds}", flush=True)
-        config, table = fold_predictions(arguments.config, settings, arguments.rounds)
+        config = load_config(arguments.config, settings)
+        table = fold_predictions(config, arguments.config, settings, arguments.rounds)
         prepared = StepFolders(config).folder("prepare")
         scale = read_scale(prepared)
         judged.append(read_judged(prepared, "test"))
@@ -125,23 +127,26 @@ def main() -> None:
     print(json.dumps(last_line(split, scale, seconds, arguments)))
 
 
-def fold_predictions(config_file: str, settings: list[str], rounds: int) -> tuple[Config, pa.Table]:
-    """The configuration of a fold, and predictions of all models for its test queries, made once for a configuration.
+def fold_predictions(config: Config, config_file: str, settings: list[str], rounds: int) -> pa.Table:
+    """Predictions of all models for the test queries of a fold, made once for a configuration.
 
     The columns of the evaluation's `predictions.parquet`, a trained model's logits calibrated; the fold's `seconds` lie
-    in the schema's metadata.
+    in the schema's metadata. After more than one round `first_teacher` is the one that learnt from people.
     """
-    config = load_config(config_file, settings)
+    given = [storage.content_id(path) for path in (config.label.model, config.label.path) if path]
     identity = storage.fingerprint(
-        StepFolders(config).key("generate"), VERSIONS, semantic(config), config.generate.num_pairs, rounds
+        StepFolders(config).key("generate"), VERSIONS, semantic(config), config.generate.num_pairs, given, rounds
     )
     path = f"{config.storage.root}/predictions-{identity}.parquet"
     if storage.exists(path):
         print(f"predictions are there, skipped ({path})", flush=True)
-        return config, storage.read_table(path)
+        return storage.read_table(path)
     started = time.monotonic()
-    for _ in range(rounds - 1):
-        config = load_config(config_file, [*settings, f"label.model={Chain(config).student()}"])
+    for number in range(rounds - 1):
+        student = Chain(config).student()
+        if number == 0 and (teacher := StepFolders(config).teacher()):
+            settings = [*settings, f"evaluate.models={{first_teacher: {teacher}}}"]
+        config = load_config(config_file, [*settings, f"label.model={student}"])
     chain = Chain(config)
     folders_of_steps = chain.run().folders
     scale = read_scale(folders_of_steps["prepare"])
@@ -149,7 +154,9 @@ def fold_predictions(config_file: str, settings: list[str], rounds: int) -> tupl
     table = table.filter(pc.equal(table["split"], "test"))
     with contextlib.ExitStack() as stack:
         models = TrainingWork(StepTools(config, chain.at, print, stack)).models()
-    for name in TRAINED:
+    for name in names_of(table):
+        if name in UNTRAINED:
+            continue
         calibration = read_model_info(models[name]).calibration
         assert calibration is not None
         logits = pc.add(
@@ -158,13 +165,21 @@ def fold_predictions(config_file: str, settings: list[str], rounds: int) -> tupl
         table = table.set_column(table.schema.get_field_index(f"{name}.logit"), f"{name}.logit", logits)
     table = table.replace_schema_metadata({"seconds": f"{time.monotonic() - started:.1f}"})
     storage.write_table(path, table)
-    return config, table
+    return table
+
+
+def names_of(table: pa.Table) -> list[str]:
+    """The models of a fold's table, without random order, which has no scores."""
+    names = [name.removesuffix(".logit") for name in table.column_names if name.endswith(".logit")]
+    return [name for name in names if name != "random"]
 
 
 def read_predictions(table: pa.Table) -> dict[str, Predictions]:
     """Model name -> predictions, out of a fold's table."""
-    logits = {name: pc.fill_null(table[f"{name}.logit"], -np.inf).to_numpy() for name in MODELS}
-    return {name: Predictions(logits[name], table[f"{name}.class"].to_numpy()) for name in MODELS}
+    return {
+        name: Predictions(pc.fill_null(table[f"{name}.logit"], -np.inf).to_numpy(), table[f"{name}.class"].to_numpy())
+        for name in names_of(table)
+    }
 
 
 def join_folds(
@@ -174,7 +189,7 @@ def join_folds(
     pairs = flatten(judged, scale)
     assert len(set(pairs.query_ids)) == pairs.num_queries, "a query is in two folds"
     joined = {}
-    for name in MODELS:
+    for name in folds[0][1]:
         parts = [predictions[name] for _, predictions in folds]
         classes = [part.classes for part in parts if part.classes is not None]
         joined[name] = Predictions(np.concatenate([part.logits for part in parts]), np.concatenate(classes))

@@ -24,6 +24,7 @@ from typing import Any
 import faiss
 import numpy as np
 
+from relevance_ray.calibration import logit_of_classes
 from relevance_ray.config import load_config
 from relevance_ray.data.prepare import iter_products, read_judged, read_scale
 from relevance_ray.engines.base import FolderModel
@@ -50,6 +51,12 @@ QUICK = [
 Products = list[dict[str, Any]]
 
 
+def logits(model: FolderModel, query: str, products: Products) -> np.ndarray:
+    """float64 [products], -inf where the model has none."""
+    labels = model.label_rows([query] * len(products), products)
+    return np.nan_to_num(logit_of_classes(labels.class_logits, model.gains), nan=-np.inf)
+
+
 def score_catalog(model: FolderModel, queries: list[str], products: Products, folder: Path) -> np.ndarray:
     """float32 [queries, products] of logits, -inf where there is none; kept in the folder, a file a query."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,9 +64,8 @@ def score_catalog(model: FolderModel, queries: list[str], products: Products, fo
         for number, query in enumerate(queries):
             place = folder / f"{number:04d}.npy"
             if not place.exists():
-                labels = model.label_rows([query] * len(products), products)
                 unfinished = place.with_suffix(".unfinished.npy")
-                np.save(unfinished, np.nan_to_num(labels.class_logits @ np.asarray(model.gains), nan=-np.inf))
+                np.save(unfinished, logits(model, query, products))
                 unfinished.rename(place)
             progress.advance(len(products))
     return np.stack([np.load(folder / f"{number:04d}.npy") for number in range(len(queries))])
@@ -100,7 +106,7 @@ def main() -> None:
     started = time.monotonic()
     data_format = load_config(arguments.config).data.format
     data = arguments.data or f"{os.environ.get('RELEVANCE_RAY_TEST_DATA', 'data')}/{data_format}"
-    work = Path(arguments.work).absolute() / data_format
+    work = Path(arguments.work).absolute() / data_format / ("quick" if arguments.quick else "full")
     settings = [
         *(QUICK if arguments.quick else []),
         *arguments.set,
@@ -134,7 +140,7 @@ def main() -> None:
         read_judged(prepared, "dev"),
         read_scale(prepared),
         config.student.template(),
-        work / "baselines",
+        work / f"baselines-{fingerprint(prepared, config.student.template().to_dict(), config.evaluate.cosine_model)}",
     )
     if "cosine" in folders_of:
         cosine = BiEncoderModel(folders_of["cosine"])
@@ -142,7 +148,7 @@ def main() -> None:
         found["cosine, untrained"] = nearest(cosine.encoder.embed(texts), cosine.encoder.embed(queries))
     if "bm25" in folders_of:
         words = load_pair_model(folders_of["bm25"])
-        found["bm25"] = best(np.stack([words.logits([query] * len(products), products) for query in queries]), DEPTH)
+        found["bm25"] = best(np.stack([logits(words, query, products) for query in queries]), DEPTH)
 
     table = {name: {k: recall(each, best(scores, k)) for k in BEST} for name, each in found.items()}
     print(f"\n{len(queries)} queries, {len(products):,} products\n")

@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 from relevance_ray.calibration import OrdinalCalibration
 from relevance_ray.errors import UserError
 from relevance_ray.schema import LabelScale
-from relevance_ray.storage import is_remote, publish_folder
+from relevance_ray.storage import exists, is_remote, join, publish_folder, read_bytes
 from relevance_ray.templates import Template
 
 INFO_FILE = "relevance.json"
@@ -71,19 +71,19 @@ class ModelInfo:
 
 
 def read_model_info(folder: str | Path) -> ModelInfo:
-    """Read a model folder's `relevance.json`.
+    """Read the `relevance.json` of a model folder, local or s3://.
 
     Raises:
         UserError: the folder does not exist, is no model folder, or its file cannot be understood.
     """
-    path = Path(folder) / INFO_FILE
-    if not path.is_file():
-        what = "has no relevance.json" if Path(folder).is_dir() else "does not exist"
+    path = join(str(folder), INFO_FILE)
+    if not exists(path):
+        what = "has no relevance.json" if exists(str(folder)) else "does not exist"
         raise UserError(
             f"{folder} is no model folder: it {what}; give a folder written by train-teacher or train-student"
         )
     try:
-        return ModelInfo.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        return ModelInfo.from_dict(json.loads(read_bytes(path)))
     except (ValueError, KeyError, TypeError, UserError) as error:
         raise UserError(f"{path} is not a file of this version ({error}); train the model again") from error
 

@@ -157,7 +157,7 @@ class Chain:
         for key, path in config.given_models(steps).items():
             if not exists(path):
                 raise UserError(f"{key} {path} does not exist; name the folder")
-            read_model_info(localize(path))
+            read_model_info(path)
         members = config.teacher.members or [config.teacher]
         if config.label.engine == "vllm" and self.at.trains_teacher and all(m.kind != "classifier" for m in members):
             raise UserError("label.engine=vllm runs classifiers, and teacher has none; set label.engine=transformers")

@@ -21,7 +21,7 @@ from tiny_training import COLORS, THINGS, agreement
 from tiny_writers import writer_folder
 
 from relevance_ray import storage
-from relevance_ray.chain.folders import STEPS
+from relevance_ray.chain.folders import STEPS, StepFolders
 from relevance_ray.chain.planning import plan_labeling
 from relevance_ray.config import build_config
 from relevance_ray.data.market import products
@@ -118,6 +118,12 @@ def test_a_finished_chain_is_skipped_and_growth_does_only_what_is_new(tmp_path: 
     compared = json.loads((Path(grown.folders["evaluate"]) / "report.json").read_text())["splits"]["test"]["models"]
     assert compared["of-800"]["metrics"] == report["splits"]["test"]["models"]["student"]["metrics"]
     assert compared["of-800"]["metrics"] != compared["student"]["metrics"]
+    moved = tmp_path / "moved"
+    shutil.copytree(latest["student"], moved)
+    beside = build_config(values(tmp_path, encoder, num_pairs=1000), [f"evaluate.models={{of-800: {moved}}}"])
+    assert StepFolders(beside).folder("evaluate") == grown.folders["evaluate"]
+    (moved / "changed").touch()
+    assert StepFolders(beside).folder("evaluate") != grown.folders["evaluate"]
 
     said.clear()
     back = Chain(build_config(values(tmp_path, encoder)), said.append).run()
@@ -140,6 +146,11 @@ def test_a_finished_chain_is_skipped_and_growth_does_only_what_is_new(tmp_path: 
     given["label"] = {"model": str(other)}
     with pytest.raises(UserError, match="give a model of the same scale"):
         Chain(build_config(given), said.append).run("label")
+    said.clear()
+    fresh = build_config(values(tmp_path / "fresh", encoder), [f"evaluate.models={{other: {other}}}"])
+    with pytest.raises(UserError, match=r"evaluate\.models\.other .* give a model of the same scale"):
+        Chain(fresh, said.append).run()
+    assert [line.split(":")[0] for line in said] == ["prepare"]
 
 
 def write_shop(folder: Path, num_new: int) -> None:

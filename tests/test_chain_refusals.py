@@ -89,6 +89,8 @@ def test_status_of_what_was_never_run_is_refused(tmp_path: Path) -> None:
             "teacher={kind: ensemble, members: [{kind: query_likelihood, model: smollm2-135m, max_tokens: 9000}]}",
             "max_tokens is 9000, but model smollm2-135m reads 8192 at most",
         ),
+        ("evaluate.models={other: nope}", r"evaluate\.models\.other nope does not exist; name the folder"),
+        ("evaluate.models={other: /}", "/ is no model folder: it has no relevance.json"),
         ("generate={source: file, pairs_file: nope.csv}", "generate.pairs_file nope.csv does not exist"),
     ],
 )

@@ -191,6 +191,7 @@ def test_what_the_user_must_mend_reaches_the_driver_as_such(tmp_path: Path) -> N
             "No space left .*; make room, and the same command goes on",
         ),
         (StorageError("s3://bucket failed in spite of retries"), "s3://bucket failed in spite of retries"),
+        (UserError("this worker's file is torn"), "this worker's file is torn"),
     ],
 )
 def test_what_fails_one_worker_ends_all_of_them_in_one_sentence(tmp_path: Path, error: Exception, said: str) -> None:

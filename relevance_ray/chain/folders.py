@@ -96,7 +96,7 @@ class StepFolders:
             return [self.key("prepare"), self.key("train-student")]
         given = content_id(config.label.model) if config.label.model else ""
         teacher = self.key("train-teacher") if self.trains_teacher else given
-        others = [content_id(path) for path in config.evaluate.models.values()]
+        others = [[name, content_id(path)] for name, path in config.evaluate.models.items()]
         return [self.key("prepare"), self.key("train-student"), teacher, others, semantic(config.evaluate)]
 
     def judged_key(self) -> str:

@@ -6,7 +6,7 @@ on, and a larger one adds to what is there. It changes nothing of a run: no step
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from relevance_ray.evaluation.compare import predict
 from relevance_ray.evaluation.judged import JudgedPairs, flatten
 from relevance_ray.evaluation.scaling import scaling_markdown, scaling_plot, scaling_report
 from relevance_ray.metrics import ndcg
+from relevance_ray.progress import Progress
 from relevance_ray.storage import CommitLog, fingerprint, join, localize, read_json, write_bytes, write_json
 
 FOLDER = "scaling"
@@ -59,13 +60,13 @@ def measure_scaling(
     scale = read_scale(prepared)
     split = "test" if read_judged(prepared, "test").num_rows else "dev"
     judged = flatten(read_judged(prepared, split), scale)
-    models = work.models(with_student=False)
+    models = work.models(for_curve=True)
     first = work.config.student.fit.seed
     folders = work.students_of(sizes, range(first, first + seeds))
     key = at.key("prepare")
     num_models = sum(map(len, folders)) + len(models)
     with work.tools.progress("score", num_models * judged.num_pairs, "pairs") as progress:
-        measure = partial(_per_query, at.root, key, judged, progress.advance)
+        measure = partial(_per_query, at.root, key, judged, progress)
         by_size = {size: np.stack([*map(measure, found)]) for size, found in zip(sizes, folders, strict=True)}
         lines = {name: measure(folder) for name, folder in models.items()}
     report = scaling_report(by_size, lines, teacher) | {
@@ -76,18 +77,16 @@ def measure_scaling(
     return report, _write(join(at.root, FOLDER), report)
 
 
-def _per_query(
-    root: str, prepared: str, judged: JudgedPairs, on_progress: Callable[[int], object], folder: Path
-) -> np.ndarray:
+def _per_query(root: str, prepared: str, judged: JudgedPairs, progress: Progress, folder: Path) -> np.ndarray:
     """nDCG of each query, float64 [q], as the model of a folder ranks them; remembered under the root."""
     info = (folder / "relevance.json").read_text(encoding="utf-8")
     key = fingerprint(prepared, str(folder), info, judged.num_pairs)
     place = join(root, FOLDER, "ndcg", f"{key}.json")
     try:
         known = read_json(place)
-        on_progress(judged.num_pairs)
+        progress.restart(progress.done + judged.num_pairs)
     except FileNotFoundError:
-        logits = predict(load_pair_model(folder), judged, on_progress).logits
+        logits = predict(load_pair_model(folder), judged, progress.advance).logits
         known = [None if np.isnan(value) else float(value) for value in ndcg(judged.gains, logits, judged.offsets)]
         write_json(place, known)
     return np.asarray([np.nan if value is None else value for value in known], dtype=np.float64)

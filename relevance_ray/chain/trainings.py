@@ -177,19 +177,21 @@ class TrainingWork:
             write_json(join(folder, "step.json"), {"fingerprint": key, "summary": summary})
         return localize(join(folder, "model"))
 
-    def models(self, *, with_student: bool = True) -> dict[str, Path]:
-        """Model folders that `evaluate` compares, by name, in the order of the report; after a run all are there."""
+    def models(self, *, for_curve: bool = False) -> dict[str, Path]:
+        """Model folders that `evaluate` compares, by name, in the order of the report; after a run all are there. Those
+        `for_curve` are what students of many sizes are compared with: not the run's student, nor further models."""
         from relevance_ray.data.prepare import iter_products, read_judged, read_scale
         from relevance_ray.evaluation.baselines import build_baselines
 
         prepared = self.tools.prepared()
         folders: dict[str, Path] = {}
-        if with_student:
+        if not for_curve:
             folders["student"] = localize(join(self.at.folder("train-student"), "model"))
         if (teacher := self.at.teacher()) is not None:
             folders["teacher"] = localize(teacher)
         folders["human_only"] = self.human_only()
-        folders |= {name: localize(path) for name, path in self.config.evaluate.models.items()}
+        if not for_curve:
+            folders |= {name: localize(path) for name, path in self.config.evaluate.models.items()}
         return folders | build_baselines(
             self.config.evaluate,
             partial(iter_products, prepared),

@@ -18,7 +18,6 @@ from relevance_ray.storage import (
     CommitLog,
     is_remote,
     join,
-    localize,
     makedirs,
     publish_folder,
     read_json,
@@ -69,9 +68,11 @@ class StepWork:
         """Refuse models whose grades are others than the prepared data's, before any of the steps after `prepare`."""
         from relevance_ray.data.prepare import read_scale
 
-        scale = read_scale(self.tools.prepared())
-        for key, model in self.config.given_models(steps).items():
-            given = read_model_info(localize(model)).scale
+        models = self.config.given_models(steps)
+        scale = read_scale(self.tools.prepared()) if models else None
+        for key, model in models.items():
+            assert scale is not None
+            given = read_model_info(model).scale
             if (given.grades, given.gains) != (scale.grades, scale.gains):
                 raise UserError(
                     f"{key} {model} grades {', '.join(given.grades)} with gains {list(given.gains)}, the data "

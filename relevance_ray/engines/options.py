@@ -99,7 +99,7 @@ class EngineOptions:
     )
     noise: float = option(0.0, "oracle engine: chance that a label is a neighbouring grade instead of the true one")
     max_batch_tokens: int | None = option(
-        None, "padded tokens in one forward pass; none: 8192, or 2048 on a CPU", operational=True
+        None, "padded tokens in one forward pass; none: 8192, or 2048 of `transformers` on a CPU", operational=True
     )
     compile: bool = option(
         False, "run the teacher through torch.compile; pays after some minutes of labeling", operational=True

@@ -20,9 +20,9 @@ from relevance_ray.engines.base import SINGLE_LOGIT_GAINS, FolderModel
 from relevance_ray.engines.encoding import EncodedPairs, PairEncoder, in_windows, token_batches
 from relevance_ray.model_folder import ModelInfo, read_model_info
 
-GPU_BATCH_TOKENS = 8192
+DEFAULT_BATCH_TOKENS = 8192
 CPU_BATCH_TOKENS = 2048
-"""Activations of more are mapped and cleared anew for every layer: a third of the time."""
+"""Larger batches are slower there (benchmarks/batch_tokens.py)."""
 
 
 class SequenceModel(FolderModel):
@@ -93,7 +93,7 @@ def pick_dtype(device: torch.device) -> torch.dtype:
 
 def batch_tokens(wanted: int | None, device: torch.device) -> int:
     """Tokens of one forward pass: those that are wanted, else what suits the device."""
-    return wanted or (CPU_BATCH_TOKENS if device.type == "cpu" else GPU_BATCH_TOKENS)
+    return wanted or (CPU_BATCH_TOKENS if device.type == "cpu" else DEFAULT_BATCH_TOKENS)
 
 
 def gains_of(info: ModelInfo, num_labels: int) -> tuple[float, ...]:

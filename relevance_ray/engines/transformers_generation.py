@@ -24,7 +24,7 @@ from relevance_ray.engines.chat import ChatEncoder
 from relevance_ray.engines.encoding import token_batches
 from relevance_ray.engines.generation import Generated, Message, Sampling
 from relevance_ray.engines.sequence import check_writes
-from relevance_ray.engines.transformers import GPU_BATCH_TOKENS, pick_device, pick_dtype
+from relevance_ray.engines.transformers import DEFAULT_BATCH_TOKENS, pick_device, pick_dtype
 from relevance_ray.errors import UserError
 from relevance_ray.models import resolve_model
 
@@ -65,7 +65,7 @@ class TransformersGenerator:
         model: str | Path,
         device: str = "auto",
         num_threads: int = 0,
-        max_batch_tokens: int = GPU_BATCH_TOKENS,
+        max_batch_tokens: int = DEFAULT_BATCH_TOKENS,
     ) -> None:
         folder = resolve_model(str(model))
         check_writes(str(model), folder)

@@ -26,7 +26,7 @@ from relevance_ray.engines.base import FolderModel
 from relevance_ray.engines.chat import ChatEncoder
 from relevance_ray.engines.encoding import PairEncoder
 from relevance_ray.engines.generation import Generated, Message, Sampling
-from relevance_ray.engines.transformers import GPU_BATCH_TOKENS, as_class_logits, gains_of
+from relevance_ray.engines.transformers import DEFAULT_BATCH_TOKENS, as_class_logits, gains_of
 from relevance_ray.errors import UserError
 from relevance_ray.model_folder import read_model_info
 
@@ -83,7 +83,7 @@ class VllmModel(FolderModel):
             "runner": "pooling",
             "max_model_len": max_tokens,
             # A row must fit into one pass: encoders cannot be read in parts.
-            "max_num_batched_tokens": max(max_batch_tokens or GPU_BATCH_TOKENS, max_tokens),
+            "max_num_batched_tokens": max(max_batch_tokens or DEFAULT_BATCH_TOKENS, max_tokens),
         }
         if memory_share < 1 and not _is_cpu():
             defaults["gpu_memory_utilization"] = SHARED_GPU_UTILIZATION * memory_share

@@ -28,7 +28,10 @@ class EvaluateOptions:
     )
     cosine_model: str = option("minilm", "Encoder of the zero-shot cosine: a short name, a folder or a hub id")
     models: dict[str, str] = option(
-        {}, "Further model folders beside the run's own, by the name that the report gives each: another student, say"
+        {},
+        "Further model folders beside the run's own, by the name that the report gives each: another student, say. One that "
+        "has seen the judgments of a split is flattered there",
+        operational=True,
     )
     human_loss: Literal["margin_mse", "soft_bce"] = option(
         "soft_bce", "Loss of the same student on human labels alone: on the soft targets, or on their log-odds' margins"
