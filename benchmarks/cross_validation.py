@@ -133,7 +133,8 @@ def fold_predictions(config: Config, config_file: str, settings: list[str], roun
     The columns of the evaluation's `predictions.parquet`, a trained model's logits calibrated; the fold's `seconds` lie
     in the schema's metadata. After more than one round `first_teacher` is the one that learnt from people.
     """
-    given = [storage.content_id(path) for path in (config.label.model, config.label.path) if path]
+    given: list[object] = [storage.content_id(path) for path in (config.label.model, config.label.path) if path]
+    given += [[name, storage.content_id(path)] for name, path in config.evaluate.models.items()]
     identity = storage.fingerprint(
         StepFolders(config).key("generate"), VERSIONS, semantic(config), config.generate.num_pairs, given, rounds
     )
