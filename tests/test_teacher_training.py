@@ -17,6 +17,7 @@ from relevance_ray.engines.registry import load_pair_model
 from relevance_ray.errors import UserError
 from relevance_ray.model_folder import read_model_info
 from relevance_ray.schema import PRODUCT
+from relevance_ray.training import teacher
 from relevance_ray.training.options import TeacherFitOptions, TeacherMemberOptions, TeacherOptions
 from relevance_ray.training.teacher import train_teacher
 from relevance_ray.training.teacher_task import query_folds
@@ -151,7 +152,8 @@ def test_an_ensemble_is_stacked_and_resumes_at_the_fold_where_it_was_killed(
     summary = train_teacher(*arguments, on_progress=lambda record: parts.append(record["part"]))
     assert list(dict.fromkeys(parts)) == [
         *("member 1, fold 2 of 2", "member 1, all folds"),
-        *(f"member {number}, {split} pairs" for number in (0, 2) for split in ("dev", "train")),
+        *("member 0, dev pairs", "member 0, train pairs", "member 1, dev pairs"),
+        *("member 2, dev pairs", "member 2, train pairs"),
     ]
     assert [one["labels"] for one in summary["members"]] == ["none", "human judgments", "none"]
 
@@ -163,6 +165,34 @@ def test_an_ensemble_is_stacked_and_resumes_at_the_fold_where_it_was_killed(
     assert model.info.calibration is not None
     again = train_teacher(*arguments)
     assert again == summary
+
+
+def test_a_member_that_is_killed_while_it_scores_goes_on_behind_what_is_kept(
+    encoder_folder: Path, judged_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teacher, "_PAIRS_KEPT", 64)
+    encoder = TeacherMemberOptions(kind="bi_encoder", model=str(encoder_folder), max_tokens=32, fields=["title"])
+    options = TeacherOptions(kind="ensemble", members=[encoder])
+    arguments = (options, SCALE, judged_file, no_catalog, tmp_path / "out", tmp_path / "work")
+
+    class KilledError(Exception):
+        pass
+
+    def kill(record: dict[str, Any]) -> None:
+        if record["part"] == "member 0, train pairs" and record["step"] == 128:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        train_teacher(*arguments, on_progress=kill)
+    seen: list[dict[str, Any]] = []
+    train_teacher(*arguments, on_progress=seen.append)
+    scored = [record["step"] for record in seen if record["part"] == "member 0, train pairs"]
+    assert scored[0] == 64, "what was scored before is not scored again"
+    assert scored[-1] == seen[-1]["steps"]
+    assert not [record for record in seen if record["part"] == "member 0, dev pairs"]
+    assert {record["unit"] for record in seen} == {"pairs"}
+    train_teacher(*arguments[:4], tmp_path / "undisturbed", tmp_path / "other-work")
+    assert read_model_info(tmp_path / "out") == read_model_info(tmp_path / "undisturbed")
 
 
 def test_folds_hold_all_spellings_of_a_query_and_are_even() -> None:

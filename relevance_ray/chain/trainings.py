@@ -205,6 +205,7 @@ class TrainingWork:
 def _show_training(progress: Progress, track: OnProgress, record: dict[str, Any]) -> None:
     """A line of the training log on the live line, and in TensorBoard."""
     track(record)
+    progress.unit = record.get("unit", "steps")
     if record.get("part") != progress.extra.get("part"):
         progress.update(part=record.get("part"))
         progress.restart(record["step"])

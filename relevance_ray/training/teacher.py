@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from relevance_ray.calibration import OrdinalCalibration, logit_of_classes
-from relevance_ray.engines.base import SINGLE_LOGIT_GAINS
+from relevance_ray.engines.base import SINGLE_LOGIT_GAINS, FolderModel
 from relevance_ray.engines.bi_encoder import build_bi_encoder_folder
 from relevance_ray.engines.bm25 import build_bm25_folder
 from relevance_ray.engines.ensemble import build_ensemble_folder, fit_stack, stack_logits
@@ -27,7 +27,7 @@ from relevance_ray.model_folder import ModelInfo, read_model_info, staged_folder
 from relevance_ray.models import resolve_model
 from relevance_ray.schema import LabelScale
 from relevance_ray.storage import absolute, exists, join, localize, read_bytes, remove_tree, write_bytes
-from relevance_ray.student.collate import flatten_groups, grade_distributions, read_judged_split
+from relevance_ray.student.collate import FlatGroups, flatten_groups, grade_distributions, read_judged_split
 from relevance_ray.teacher.classifier import build_classifier
 from relevance_ray.teacher.options import ClassifierOptions
 from relevance_ray.training.finish import calibrate, check_dev_queries, finished_summary, publish_fit
@@ -36,7 +36,8 @@ from relevance_ray.training.options import TeacherMemberOptions, TeacherOptions
 from relevance_ray.training.runners import Job, Runner, local_runner
 from relevance_ray.training.teacher_task import TeacherTaskSpec, query_folds
 
-_PAIRS_AT_ONCE = 512
+_PAIRS_AT_ONCE, _PAIRS_KEPT = 64, 1024
+"""Scored between two lines of the log; kept at once for a run that is killed."""
 Products = Callable[[], Iterable[pa.Table]]
 
 
@@ -159,7 +160,7 @@ class _Trainer:
         summary = {"labels": "none", "kind": kind}
         with tempfile.TemporaryDirectory() as scratch:
             plain = _untrained_member(options, kind, self.scale, self.products, Path(scratch) / "model")
-            calibration = calibrate(self._kept_logits(plain, "dev", work_dir, part), self.judged_file, self.scale)
+            calibration = calibrate(self._logits(plain, "dev", work_dir, part), self.judged_file, self.scale)
             _publish(plain, out_dir, calibration, summary)
         return summary
 
@@ -184,12 +185,12 @@ class _Trainer:
                     member, full, folder, join(place, "full")
                 )
                 summaries.append(summary)
-                dev_logits.append(self._logits(localize(folder), "dev"))
+                dev_logits.append(self._logits(localize(folder), "dev", place, f"member {number}"))
             else:
                 part = f"member {number}"
                 summaries.append(self.untrained(member, member.kind, folder, place, part))
-                train_logits.append(self._kept_logits(localize(folder), "train", place, part))
-                dev_logits.append(self._kept_logits(localize(folder), "dev", place, part))
+                train_logits.append(self._logits(localize(folder), "train", place, part))
+                dev_logits.append(self._logits(localize(folder), "dev", place, part))
         features = np.stack(train_logits, axis=1)
         target = grade_distributions(judged, self.scale, self.label_smoothing)
         groups = np.repeat(np.arange(judged.num_rows), np.diff(flat.offsets))
@@ -245,29 +246,34 @@ class _Trainer:
     def _gains(self, member: ClassifierOptions) -> tuple[float, ...]:
         return SINGLE_LOGIT_GAINS if member.num_classes == "single" else self.scale.gains
 
-    def _kept_logits(self, folder: Path, split: str, work_dir: str, part: str) -> np.ndarray:
-        """As `_logits`, kept for a run that is killed: an untrained language model takes its time, too."""
-        kept = join(work_dir, f"{split}-logits.npy")
-        if not exists(kept):
-            buffer = io.BytesIO()
-            np.save(buffer, self._logits(folder, split, f"{part}, {split} pairs".lstrip(", ")))
-            write_bytes(kept, buffer.getvalue())
-        logits: np.ndarray = np.load(io.BytesIO(read_bytes(kept)))
-        return logits
-
-    def _logits(self, folder: Path, split: str, part: str = "") -> np.ndarray:
-        """float32 [n] of the pairs of a split, NaN where one cannot be scored."""
-        model = load_pair_model(folder)
+    def _logits(self, folder: Path, split: str, work_dir: str, part: str) -> np.ndarray:
+        """float32 [n] of the pairs of a split, NaN where one cannot be scored; kept in pieces for a run that is killed."""
+        model: FolderModel | None = None
         flat = flatten_groups(read_judged_split(self.judged_file, split))
-        logits = np.empty(len(flat.queries), dtype=np.float32)
-        for start in range(0, len(logits), _PAIRS_AT_ONCE):
-            rows = slice(start, start + _PAIRS_AT_ONCE)
-            logits[rows] = logit_of_classes(
-                model.label_rows(flat.queries[rows], flat.products[rows]).class_logits, model.gains
-            )
-            if part and self.on_progress is not None:
-                self.on_progress({"part": part, "step": min(rows.stop, len(logits)), "steps": len(logits)})
-        return logits
+        pieces = []
+        for start in range(0, len(flat.queries), _PAIRS_KEPT):
+            stop = min(start + _PAIRS_KEPT, len(flat.queries))
+            kept = join(work_dir, f"{split}-logits-{start}-{stop}.npy")
+            if not exists(kept):
+                model = model or load_pair_model(folder)
+                buffer = io.BytesIO()
+                np.save(buffer, self._scored(model, flat, start, stop, f"{part}, {split} pairs".lstrip(", ")))
+                write_bytes(kept, buffer.getvalue())
+            pieces.append(np.load(io.BytesIO(read_bytes(kept))))
+        return np.concatenate(pieces)
+
+    def _scored(self, model: FolderModel, flat: FlatGroups, start: int, stop: int, part: str) -> np.ndarray:
+        """float32 of the pairs from `start` to `stop`, told to the log as they are done."""
+        say = self.on_progress or (lambda record: None)
+        progress = {"part": part, "unit": "pairs", "steps": len(flat.queries)}
+        logits = []
+        for first in range(start, stop, _PAIRS_AT_ONCE):
+            say(progress | {"step": first})
+            rows = slice(first, min(first + _PAIRS_AT_ONCE, stop))
+            labels = model.label_rows(flat.queries[rows], flat.products[rows])
+            logits.append(logit_of_classes(labels.class_logits, model.gains).astype(np.float32))
+        say(progress | {"step": stop})
+        return np.concatenate(logits)
 
 
 def _publish(plain: Path, out_dir: str, calibration: OrdinalCalibration, summary: dict[str, Any]) -> None:
