@@ -43,6 +43,8 @@ from relevance_ray.training.work_folder import WorkFolder
 OnProgress = Callable[[dict[str, Any]], None]
 LOG_FILE, RESULT_FILE, MODEL_FOLDER, PREDICTIONS_FILE = "log.jsonl", "result.json", "model", "predictions.npy"
 MAIN_METRIC = "ndcg"
+_TIE = 1e-9
+"""A mean of one ranking differs by less when its scores moved in their last bits: a tie, for the earlier step to win."""
 
 
 class Task(Protocol):
@@ -282,7 +284,7 @@ class _Loop:
         with self._autocast():
             metrics = self.task.evaluate()
         best = self.state.best_metrics.get(MAIN_METRIC, -math.inf)
-        if self.state.best_step < 0 or metrics[MAIN_METRIC] > best:
+        if self.state.best_step < 0 or metrics[MAIN_METRIC] > best + _TIE:
             self.state.best_step, self.state.best_metrics = self.state.step, metrics
             weights = self.placed.weights()
             if self.rank == 0:
