@@ -16,19 +16,20 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
-import ray.train.torch
-import torch
+import ray
 from pyarrow.fs import FSSpecHandler, PyFileSystem
+from ray import cloudpickle
 from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from relevance_ray.errors import UserError, what_to_mend
+from relevance_ray.errors import UserError
 from relevance_ray.file_systems import StorageError
 from relevance_ray.storage import absolute, is_remote, makedirs, opened, remove_tree
 from relevance_ray.training.fit import FitResult, OnProgress, read_result
-from relevance_ray.training.runners import Job, Runner, local_runner
+from relevance_ray.training.ray_worker import Board, work
+from relevance_ray.training.runners import Job, Runner
 
 MAX_FAILURES = 2
 """Deaths of workers that a training survives."""
@@ -63,11 +64,11 @@ def ray_runner(num_workers: int, cpus_per_worker: int = 1, use_gpu: bool = False
         remove_tree(ray_dir)
         makedirs(ray_dir)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        board = ray.remote(_Board).options(num_cpus=0, scheduling_strategy=here).remote()
+        board = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
         trainer = TorchTrainer(
-            _worker,
+            work,
             train_loop_config={
-                "jobs": jobs,
+                "jobs": cloudpickle.dumps(jobs),  # the controller need not load what they hold
                 "board": board,
                 "follow": on_progress is not None,
                 "num_threads": cpus_per_worker,
@@ -99,27 +100,6 @@ def ray_runner(num_workers: int, cpus_per_worker: int = 1, use_gpu: bool = False
             raise failure
 
     return run
-
-
-def _worker(config: dict[str, Any]) -> None:
-    torch.set_num_threads(config["num_threads"])
-    if config["use_gpu"]:
-        torch.cuda.set_device(ray.train.torch.get_device())
-    else:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that was not asked for is somebody else's
-    board = config["board"]
-    if ray.get(board.error.remote()):
-        return  # all were started anew because of it: the driver tells
-
-    def tell(record: dict[str, Any]) -> None:
-        board.put.remote(record)
-
-    try:
-        local_runner(config["jobs"], tell if config["follow"] else None)
-    except Exception as error:
-        if said := what_to_mend(error):
-            ray.get(board.fail.remote(said))
-        raise  # Ray ends the other workers, which might wait for this one for ever
 
 
 @contextmanager
@@ -159,28 +139,6 @@ def _follow(board: Any, on_progress: OnProgress | None) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
-
-
-class _Board:
-    """Where workers put what the driver should know; an actor."""
-
-    def __init__(self) -> None:
-        self._records: list[dict[str, Any]] = []
-        self._error = ""
-
-    def put(self, record: dict[str, Any]) -> None:
-        self._records.append(record)
-
-    def take(self) -> list[dict[str, Any]]:
-        """The lines that came since they were last taken."""
-        taken, self._records = self._records, []
-        return taken
-
-    def fail(self, message: str) -> None:
-        self._error = message
-
-    def error(self) -> str:
-        return self._error
 
 
 def _storage(path: str) -> dict[str, Any]:
