@@ -146,7 +146,7 @@ def fold_predictions(config: Config, config_file: str, settings: list[str], roun
     for number in range(rounds - 1):
         student = Chain(config).student()
         if number == 0 and (teacher := StepFolders(config).teacher()):
-            settings = [*settings, f"evaluate.models={{first_teacher: {teacher}}}"]
+            settings = [*settings, f"evaluate.models.first_teacher={teacher}"]
         config = load_config(config_file, [*settings, f"label.model={student}"])
     chain = Chain(config)
     folders_of_steps = chain.run().folders

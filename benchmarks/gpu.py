@@ -39,6 +39,7 @@ from relevance_ray.labeling.shard import Known, label_groups
 from relevance_ray.metrics import ndcg
 from relevance_ray.quiet import quiet_libraries
 from relevance_ray.schema import GROUP, query_id
+from relevance_ray.storage import fingerprint
 from relevance_ray.training.options import (
     FitOptions,
     HumanFitOptions,
@@ -70,13 +71,13 @@ class Measuring:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.pack, self.results = Path(arguments.folder).absolute(), Path(arguments.results).absolute()
-        self.work = Path(arguments.work).absolute()
         self.until = time.monotonic() + 60 * arguments.minutes
         self.layers, self.epochs = arguments.layers, arguments.epochs
+        settings = {"layers": self.layers, "epochs": self.epochs, "pack": content_of(self.pack)}
+        self.work = Path(arguments.work).absolute() / fingerprint(settings)
         for folder in (self.results, self.work):
             folder.mkdir(parents=True, exist_ok=True)
         self.figures_file = self.results / "figures.json"
-        settings = {"layers": self.layers, "epochs": self.epochs, "pack": content_of(self.pack)}
         self.figures: dict[str, Any] = {"settings": settings}
         if self.figures_file.exists():
             self.figures = json.loads(self.figures_file.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""The paper's result, measured: students of 1 to 16 times as many teacher-labeled pairs as there are human ones.
+"""The paper's result, measured: students of more and more teacher-labeled pairs, beside what people's judgments teach.
 
 The teacher is trained on the human judgments; students are trained on human labels alone, and on the teacher's labels of
 generated pairs, each size twice the one before; all rank the held-out judged queries. Prints the table, the fitted power law
@@ -100,6 +100,8 @@ def main() -> None:
     parser.add_argument("--work", default="runs/scaling_curve", help="where all is kept, and resumed from")
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
+    if arguments.sizes < 3:
+        parser.error(f"--sizes {arguments.sizes}: a law needs at least 3")
     quick = arguments.quick
     arguments.data = arguments.data or f"{os.environ.get('RELEVANCE_RAY_TEST_DATA', 'data')}/{arguments.format}"
     arguments.pairs = arguments.pairs or (1_600 if quick else 32_000)

@@ -152,13 +152,14 @@ def info_nce(
     positive: torch.Tensor,
     identity: torch.Tensor,
     temperature: float,
+    same_query: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Contrast of a query's positive products with every other product of the batch (InfoNCE, arXiv 1807.03748; with
     in-batch negatives as in arXiv 2004.04906).
 
     Of query g with positives P_g: the mean over p in P_g of
     `-log( e^(q.p/T) / (e^(q.p/T) + sum over n not in P_g of e^(q.n/T)) )`. A product that is the same as one of P_g is no
-    negative, whichever query it came with.
+    negative, whichever query it came with; nor is a positive of a query that is the same.
 
     Args:
         queries: [G, d] unit vectors.
@@ -167,13 +168,15 @@ def info_nce(
         positive: [P] bool.
         identity: [P] int64, equal for equal products.
         temperature: T.
+        same_query: [G] int64, equal for equal queries; without it all are different.
 
     Returns:
         [G]; 0 for a query without a positive product, or without a negative one.
     """
     similarity = queries @ products.T / temperature
     own = (group == torch.arange(len(queries), device=group.device)[:, None]) & positive
-    of_query = (group[positive] == torch.arange(len(queries), device=group.device)[:, None]).to(queries.dtype)
+    query = torch.arange(len(queries), device=group.device) if same_query is None else same_query
+    of_query = (query[group[positive]] == query[:, None]).to(queries.dtype)
     same = (identity[positive][:, None] == identity).to(queries.dtype)
     no_negative = (of_query @ same) > 0
     # Not -inf: the gradient of a logsumexp over nothing is no number.

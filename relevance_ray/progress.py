@@ -63,7 +63,7 @@ class Progress:
         self.description, self.total, self.unit = description, total, unit
         self.done, self.failures, self.extra = 0, 0, {}  # type: int, int, dict[str, Any]
         self._stream = stream or sys.stderr
-        self._already_done = 0
+        self.already_done = 0
         self._start = time.monotonic()
         self._last = 0.0
         self._width = 0
@@ -94,7 +94,7 @@ class Progress:
 
     def restart(self, already_done: int = 0) -> None:
         """Count rate and time left from now: another part begins, or it turned out how much was done before."""
-        self.done = self._already_done = already_done
+        self.done = self.already_done = already_done
         self._start = time.monotonic()
 
     def update(
@@ -126,7 +126,7 @@ class Progress:
     def _show(self, *, final: bool = False) -> None:
         self._last = time.monotonic()
         seconds = self._last - self._start
-        rate = (self.done - self._already_done) / seconds if seconds > 0 else 0.0
+        rate = (self.done - self.already_done) / seconds if seconds > 0 else 0.0
         left = (self.total - self.done) / rate if self.total and rate > 0 else None
         line = self._line(seconds, rate, left, final)
         if self._stream.isatty():

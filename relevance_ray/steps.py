@@ -34,6 +34,7 @@ from relevance_ray.storage import (
     remove_tree,
     write_json,
 )
+from relevance_ray.training.options import StudentOptions, TeacherOptions
 
 
 def print_at_once(line: str) -> None:
@@ -140,13 +141,8 @@ class Chain:
             )
         if "embed" in steps and config.student.kind != "two_tower":
             raise UserError(f"student.kind {config.student.kind} has no vectors; set student.kind=two_tower")
-        if "train-student" in steps and config.student.kl_weight and config.student.human_share:
-            teacher = config.teacher
-            if self.at.trains_teacher and (teacher.kind != "classifier" or teacher.num_classes == "single"):
-                raise UserError(
-                    "student.kl_weight cannot mix human judgments, which have the classes of the scale, with labels of this "
-                    "teacher, which have two; set student.human_share to 0, or teacher.kind=classifier"
-                )
+        if "train-student" in steps and self.at.trains_teacher:
+            _check_objective(config.student, config.teacher)
         files = {
             **{f"generate.{key}": path for key, path in config.generate.files.items()},
             "label.path": config.label.path,
@@ -203,3 +199,24 @@ class Chain:
         known = read_json(path) if exists(path) else {}
         kept = {name: place for name, place in known.items() if self.at.trains_teacher or "teacher" not in name}
         write_json(path, {**kept, **latest})
+
+
+def _check_objective(student: StudentOptions, teacher: TeacherOptions) -> None:
+    """Refuse what a student cannot learn from the labels of a teacher."""
+    single = teacher.kind == "classifier" and teacher.num_classes == "single"
+    as_it_is = teacher.kind in ("bi_encoder", "query_likelihood")
+    if student.kl_weight and student.human_share and (single or as_it_is):
+        raise UserError(
+            "student.kl_weight cannot mix human judgments, which have the classes of the scale, with labels of this "
+            "teacher, which have two; set student.human_share to 0, or teacher.kind to ensemble or classifier"
+        )
+    asked = {
+        "student.margins=differing": student.margins == "differing",
+        "student.bce_weight": student.bce_weight > 0,
+        "student.infonce_weight": student.infonce_weight > 0,
+    }
+    if as_it_is and (key := next((key for key, is_asked in asked.items() if is_asked), "")):
+        raise UserError(
+            f"{key} asks which products are relevant, and the logits of teacher.kind {teacher.kind} only rank them; make "
+            "it the one member of teacher.kind ensemble, which learns that from the judgments"
+        )

@@ -79,6 +79,25 @@ def test_status_of_what_was_never_run_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("student", "said"),
+    [
+        ("{kind: two_tower, infonce_weight: 0.5}", r"student\.infonce_weight asks which products are relevant"),
+        ("{margins: differing}", r"student\.margins=differing asks which products are relevant"),
+        ("{bce_weight: 0.5}", r"student\.bce_weight asks which products are relevant"),
+        ("{kl_weight: 0.5, human_share: 0.1}", r"student\.kl_weight cannot mix human judgments"),
+    ],
+)
+def test_a_loss_that_a_teachers_labels_do_not_serve_is_refused(
+    tmp_path: Path, encoder: Path, student: str, said: str
+) -> None:
+    base = {**values(tmp_path / "root", encoder), "teacher": {"kind": "bi_encoder", "model": str(encoder)}}
+    with pytest.raises(UserError, match=said):
+        Chain(build_config(base, [f"student={student}"])).preflight()
+    stacked = {**base, "teacher": {"kind": "ensemble", "members": [base["teacher"]]}}
+    Chain(build_config(stacked, [f"student={student}"])).preflight()
+
+
+@pytest.mark.parametrize(
     ("override", "said"),
     [
         ("student.num_layers=99", "num_layers is 99"),

@@ -175,6 +175,23 @@ def test_info_nce_against_the_double_loop_and_its_gradient() -> None:
         torch.testing.assert_close(ours, theirs)
 
 
+def test_info_nce_takes_no_positive_of_an_equal_query_for_a_negative() -> None:
+    generator = torch.Generator().manual_seed(1)
+    vector = F.normalize(torch.randn(2, 5, dtype=torch.float64, generator=generator), dim=1)
+    queries = vector[[0, 1, 0]]  # the first and the last are parts of one query's products
+    products = F.normalize(torch.randn(6, 5, dtype=torch.float64, generator=generator), dim=1)
+    group = torch.tensor([0, 0, 1, 1, 2, 2])
+    positive = torch.tensor([True, False, True, False, True, False])
+    names = torch.arange(6)
+    found = losses.info_nce(queries, products, group, positive, names, 0.1, torch.tensor([7, 8, 7]))
+    kept = [0, 1, 2, 3, 5]  # without the positive of the other part
+    alone = losses.info_nce(queries, products[kept], group[kept], positive[kept], names[kept], 0.1)
+    torch.testing.assert_close(found[0], alone[0])
+    strangers = losses.info_nce(queries, products, group, positive, names, 0.1)
+    torch.testing.assert_close(found[1], strangers[1])
+    assert strangers[0] > found[0]
+
+
 def test_info_nce_without_any_negative_is_nothing() -> None:
     vectors = F.normalize(torch.randn(1, 4), dim=1).requires_grad_()
     one = torch.tensor([0])

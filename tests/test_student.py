@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from tiny_training import SCALE, agreement, build_tiny_encoder, judged_groups, labeled_groups, write
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DistilBertConfig, DistilBertModel
 
 from relevance_ray import storage
 from relevance_ray.actor_pool import Workers
@@ -223,6 +223,13 @@ def test_the_seed_decides_the_head_and_depth_is_cut(encoder_folder: Path, tmp_pa
 def test_more_layers_or_tokens_than_the_model_has_are_refused(encoder_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="num_layers is 9, but model .* has 2 layers"):
         build_cross_encoder(student_options(encoder_folder, num_layers=9), SCALE, tmp_path / "out", 0)
+    distil = DistilBertConfig(
+        vocab_size=99, dim=8, hidden_dim=8, n_heads=2, n_layers=2
+    )  # its file has no num_hidden_layers
+    DistilBertModel(distil).save_pretrained(tmp_path / "distil")
+    AutoTokenizer.from_pretrained(encoder_folder).save_pretrained(tmp_path / "distil")
+    with pytest.raises(UserError, match="num_layers is 3, but model .* has 2 layers"):
+        build_cross_encoder(student_options(tmp_path / "distil", num_layers=3), SCALE, tmp_path / "out", 0)
     with pytest.raises(UserError, match="max_tokens is 100, but model .* reads 64"):
         build_cross_encoder(student_options(encoder_folder, max_tokens=100), SCALE, tmp_path / "out", 0)
     assert not (tmp_path / "out").exists()
@@ -361,4 +368,8 @@ def test_an_unknown_option_of_torchrun_is_one_sentence() -> None:
         student_options_of(["fit.epochs=0"])
     with pytest.raises(UserError, match=r"--set kind: Input should be 'cross_encoder' or 'two_tower'"):
         student_options_of(["kind=two-tower"])
+    with pytest.raises(UserError, match="--set fit={epochs: 5}: give key=value"):
+        student_options_of(["fit={epochs: 5}"])
+    with pytest.raises(UserError, match=r"--set fields=\[title: the value is not YAML"):
+        student_options_of(["fields=[title"])
     assert student_options_of(["fit.learning_rate=1e-4"]).fit.learning_rate == 1e-4

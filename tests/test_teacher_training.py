@@ -109,6 +109,15 @@ def test_lora_is_merged_into_a_plain_folder_and_moves_every_linear_layer(
     load_pair_model(tmp_path / "out").logits(QUERIES, PRODUCTS)
 
 
+def test_a_teacher_that_can_read_no_judged_pair_says_so(encoder_folder: Path, judged_file: str, tmp_path: Path) -> None:
+    options = options_for(encoder_folder, fields=["color"])  # of which these products have none
+    with pytest.raises(
+        UserError, match=r"no judged pair of train can be read by this teacher; raise teacher\.max_tokens"
+    ):
+        train_teacher(options, SCALE, judged_file, no_catalog, tmp_path / "out", tmp_path / "work")
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_option_that_a_kind_would_not_read_is_refused() -> None:
     with pytest.raises(ValueError, match="num_layers is not read by kind bi_encoder"):
         TeacherMemberOptions(kind="bi_encoder", num_layers=2)

@@ -29,16 +29,13 @@ _LEAST_PAIRS = 64
 """Fewer teach nothing that could be measured."""
 
 
-def measure_scaling(
-    work: TrainingWork, *, seeds: int = 1, num_sizes: int = 5, teacher: str = "teacher"
-) -> tuple[dict[str, Any], str]:
+def measure_scaling(work: TrainingWork, *, seeds: int = 1, num_sizes: int = 5) -> tuple[dict[str, Any], str]:
     """Train what is missing of the curve, measure it, and write `scaling.json`, `.md` and `.png` under the root.
 
     Args:
         work: of a configuration whose labels are there.
-        seeds: students of each size, from the seed of the configuration on.
+        seeds: students of each size, from the seed of the configuration on, and as many on human labels alone.
         num_sizes: sizes, each half of the next.
-        teacher: which model of `TrainingWork.models` is to be passed.
 
     Returns:
         The report (`scaling_report`), and the path of its Markdown.
@@ -47,7 +44,7 @@ def measure_scaling(
         UserError: no teacher to measure against, or too few labels.
     """
     at = work.at
-    if teacher == "teacher" and at.teacher() is None:
+    if at.teacher() is None:
         raise UserError(
             "these labels come from no model, so there is no teacher to pass; label with one (label.engine)"
         )
@@ -60,16 +57,18 @@ def measure_scaling(
     scale = read_scale(prepared)
     split = "test" if read_judged(prepared, "test").num_rows else "dev"
     judged = flatten(read_judged(prepared, split), scale)
+    human_only = work.human_only(seeds)
     models = work.models(for_curve=True)
     first = work.config.student.fit.seed
     folders = work.students_of(sizes, range(first, first + seeds))
     key = at.key("prepare")
-    num_models = sum(map(len, folders)) + len(models)
+    num_models = sum(map(len, folders)) + len(models) + len(human_only) - 1
     with work.tools.progress("score", num_models * judged.num_pairs, "pairs") as progress:
         measure = partial(_per_query, at.root, key, judged, progress)
         by_size = {size: np.stack([*map(measure, found)]) for size, found in zip(sizes, folders, strict=True)}
-        lines = {name: measure(folder) for name, folder in models.items()}
-    report = scaling_report(by_size, lines, teacher) | {
+        lines = {name: measure(folder) for name, folder in models.items() if name != "human_only"}
+        lines["human_only"] = np.stack([*map(measure, human_only)])
+    report = scaling_report(by_size, {name: lines[name] for name in models}, "teacher") | {
         "split": split,
         "seeds": seeds,
         "judged_pairs": judged.num_pairs,

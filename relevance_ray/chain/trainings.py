@@ -68,7 +68,7 @@ class TrainingWork:
                 join(folder, "model"),
                 join(folder, "work"),
                 self._runner("train-teacher"),
-                on_progress=partial(_show_training, progress, track),
+                on_progress=partial(show_training, progress, track),
                 label_smoothing=self.config.data.label_smoothing,
             )
 
@@ -120,7 +120,7 @@ class TrainingWork:
             return train_students(
                 list(requests.values()),
                 self._runner(name),
-                on_progress=partial(_show_training, progress, track),
+                on_progress=partial(show_training, progress, track),
                 run_ingest=in_turn if num_files < FILES_FOR_ACTORS else spread,
                 on_ingest=lambda done, of: progress.update(part=f"tokens {done}/{of}"),
             )
@@ -137,6 +137,9 @@ class TrainingWork:
             files = self._label_files(size)
             folders.append([])
             for seed in seeds:
+                if size == num_pairs[-1] and seed == self.config.student.fit.seed and self.at.is_done("train-student"):
+                    folders[-1].append(self.at.folder("train-student"))  # the run's own is this student
+                    continue
                 options = replace(self.config.student, fit=replace(self.config.student.fit, seed=seed))
                 key = fingerprint("scaling", VERSIONS["train-student"], [*inputs, semantic(options), files, size])
                 folder = join(shared, f"student-{key}")
@@ -163,19 +166,26 @@ class TrainingWork:
         if is_remote(folder) and (place / "tensorboard").is_dir():
             publish_folder(place / "tensorboard", join(folder, "tensorboard"))
 
-    def human_only(self) -> Path:
-        """The model folder of the same student on human labels alone: the baseline of every evaluation, kept for all
-        that share it."""
+    def human_only(self, seeds: int = 1) -> list[Path]:
+        """Model folders of the same student on human labels alone, one a seed: the first is the baseline of every
+        evaluation, kept for all that share it."""
         config = self.config
         options = config.student.on_human_labels(config.evaluate.human_loss, config.evaluate.human_fit)
-        key = fingerprint("human-only", VERSIONS["train-student"], self.at.judged_key(), semantic(options))
-        folder = join(self.at.root, "evaluate-baselines", f"human_only-{key}")
-        if not exists(join(folder, "step.json")):
-            self.tools.say(f"evaluate: training the same student on human labels alone ({folder})")
-            request = self._request(options, None, folder)
-            [summary] = self._train("human_only", {folder: request}, folder)
-            write_json(join(folder, "step.json"), {"fingerprint": key, "summary": summary})
-        return localize(join(folder, "model"))
+        folders: list[str] = []
+        requests: dict[str, StudentRequest] = {}
+        for seed in range(options.fit.seed, options.fit.seed + seeds):
+            of_seed = replace(options, fit=replace(options.fit, seed=seed))
+            key = fingerprint("human-only", VERSIONS["train-student"], self.at.judged_key(), semantic(of_seed))
+            folders.append(join(self.at.root, "evaluate-baselines", f"human_only-{key}"))
+            if not exists(join(folders[-1], "step.json")):
+                self.tools.say(f"evaluate: training the same student on human labels alone ({folders[-1]})")
+                part = f"seed {seed}" if seeds > 1 else ""
+                requests[folders[-1]] = self._request(of_seed, None, folders[-1], part=part)
+        if requests:
+            summaries = self._train("human_only", requests, next(iter(requests)))
+            for folder, summary in zip(requests, summaries, strict=True):
+                write_json(join(folder, "step.json"), {"summary": summary})
+        return [localize(join(folder, "model")) for folder in folders]
 
     def models(self, *, for_curve: bool = False) -> dict[str, Path]:
         """Model folders that `evaluate` compares, by name, in the order of the report; after a run all are there. Those
@@ -189,7 +199,7 @@ class TrainingWork:
             folders["student"] = localize(join(self.at.folder("train-student"), "model"))
         if (teacher := self.at.teacher()) is not None:
             folders["teacher"] = localize(teacher)
-        folders["human_only"] = self.human_only()
+        folders["human_only"] = self.human_only()[0]
         if not for_curve:
             folders |= {name: localize(path) for name, path in self.config.evaluate.models.items()}
         return folders | build_baselines(
@@ -202,12 +212,13 @@ class TrainingWork:
         )
 
 
-def _show_training(progress: Progress, track: OnProgress, record: dict[str, Any]) -> None:
+def show_training(progress: Progress, track: OnProgress, record: dict[str, Any]) -> None:
     """A line of the training log on the live line, and in TensorBoard."""
     track(record)
     progress.unit = record.get("unit", "steps")
-    if record.get("part") != progress.extra.get("part"):
-        progress.update(part=record.get("part"))
+    if not progress.done or record.get("part") != progress.extra.get("part"):
+        # What the part before showed is not this one's, and what was done before a resume took none of this run's time.
+        progress.update(**dict.fromkeys(("part", "loss", "dev_ndcg", "groups_per_second", "pairs_per_second")))
         progress.restart(record["step"])
     shown: dict[str, Any] = {
         key: record[key] for key in ("part", "loss", "groups_per_second", "pairs_per_second") if key in record

@@ -76,6 +76,10 @@ def build_start_folder(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if num_layers is not None:
+        if num_layers > config.num_hidden_layers:  # some architectures have another name for it in their file
+            raise UserError(
+                f"num_layers is {num_layers}, but model {source} has {config.num_hidden_layers} layers; ask for fewer"
+            )
         config.num_hidden_layers = num_layers
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:num_layers]

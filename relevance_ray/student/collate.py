@@ -243,4 +243,5 @@ def _cut(rows: np.ndarray, max_rows: int, seed: int) -> list[np.ndarray]:
     if len(rows) <= max_rows:
         return [rows]
     shuffled = np.random.default_rng(seed).permutation(rows)
-    return np.array_split(shuffled, -(-len(rows) // max_rows))
+    parts = np.array_split(shuffled, -(-len(rows) // max_rows))
+    return [part for part in parts if len(part) >= 2]  # one alone has no margin

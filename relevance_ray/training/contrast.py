@@ -15,7 +15,7 @@ import torch
 
 from relevance_ray import distributed, losses
 from relevance_ray.student.collate import TrainingGroups
-from relevance_ray.student.packed import PairTokens
+from relevance_ray.student.packed import PackedTokens
 from relevance_ray.student.two_tower import TowerReader, TwoTower
 
 
@@ -37,20 +37,24 @@ class Contrast:
             examples: int64 [g], their numbers.
         """
         parts = distributed.gather(_side(reader, model, groups))
-        all_queries, all_products, places, positives, identities = (list(column) for column in zip(*parts, strict=True))
+        all_queries, all_products, places, positives, identities, same = (
+            list(column) for column in zip(*parts, strict=True)
+        )
         first_group = np.cumsum([0, *(len(part) for part in all_queries)])
         first_row = np.cumsum([0, *(len(part) for part in all_products)])
         queries = torch.from_numpy(np.concatenate(all_queries)).requires_grad_()
         products = torch.from_numpy(np.concatenate(all_products)).requires_grad_()
         group = np.concatenate([part + start for part, start in zip(places, first_group, strict=False)])
-        by_query = losses.info_nce(
-            queries,
-            products,
-            torch.from_numpy(group),
-            torch.from_numpy(np.concatenate(positives)),
-            torch.from_numpy(np.concatenate(identities)),
-            self.temperature,
-        )
+        with torch.autocast("cpu", enabled=False):  # a similarity in bfloat16, divided by T, has steps of a tenth
+            by_query = losses.info_nce(
+                queries,
+                products,
+                torch.from_numpy(group),
+                torch.from_numpy(np.concatenate(positives)),
+                torch.from_numpy(np.concatenate(identities)),
+                self.temperature,
+                torch.from_numpy(np.concatenate(same)),
+            )
         by_query.sum().backward()
         assert queries.grad is not None and products.grad is not None  # noqa: PT018
         own_groups = slice(first_group[distributed.rank()], first_group[distributed.rank() + 1])
@@ -81,25 +85,29 @@ class Contrast:
 
 def _side(reader: TowerReader, model: TwoTower, groups: TrainingGroups | None) -> tuple[np.ndarray, ...]:
     """Of one worker: unit vectors of queries [g, d] and products [n, d], of each product its group, whether it is positive
-    (the teacher's logit is above 0), and a number that equal products share."""
+    (the teacher's logit is above 0), and a number that equal products share; and one that groups of equal queries share,
+    the parts of a group that was cut."""
     if groups is None:
         none = np.empty((0, int(model.encoder.config.hidden_size)), dtype=np.float32)
-        return none, none, np.empty(0, np.int64), np.empty(0, bool), np.empty(0, np.int64)
+        no_number = np.empty(0, np.int64)
+        return none, none, no_number, np.empty(0, bool), no_number, no_number
     with torch.no_grad():
         queries, products = reader.vectors(model, groups.pairs, np.arange(len(groups.target)))
     first = torch.from_numpy(groups.offsets[:-1]).to(queries.device)
+    texts, query = groups.pairs.texts, groups.pairs.query
+    assert query is not None  # of two towers the sides are apart
     return (
         queries[first].cpu().numpy(),
         products.cpu().numpy(),
         groups.place,
         groups.target > 0,
-        _identities(groups.pairs),
+        _identities(texts, groups.pairs.product),
+        _identities(texts, query[groups.offsets[:-1]]),
     )
 
 
-def _identities(tokens: PairTokens) -> np.ndarray:
-    """int64 [n]: equal for products of equal tokens, on all workers."""
-    texts = tokens.texts
-    spans = (texts.token_ids[texts.offsets[text] : texts.offsets[text + 1]] for text in tokens.product)
+def _identities(texts: PackedTokens, rows: np.ndarray) -> np.ndarray:
+    """int64 [n]: equal for texts of equal tokens, on all workers."""
+    spans = (texts.token_ids[texts.offsets[text] : texts.offsets[text + 1]] for text in rows)
     digests = b"".join(hashlib.blake2b(span.tobytes(), digest_size=8).digest() for span in spans)
     return np.frombuffer(digests, dtype=np.int64)

@@ -151,14 +151,20 @@ def fit(
         The result; `work_dir/result.json` is written after everything else.
 
     Raises:
-        UserError: the loss stopped being finite.
+        UserError: the loss stopped being finite, or a GPU has too little memory.
     """
     finished = distributed.broadcast_object(read_result(work_dir) if distributed.rank() == 0 else None)
     if finished is not None:
         return finished
-    loop = _Loop(task, options, WorkFolder(work_dir), on_progress)
-    loop.run()
-    return loop.finish(keep_model)
+    try:
+        loop = _Loop(task, options, WorkFolder(work_dir), on_progress)
+        loop.run()
+        return loop.finish(keep_model)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"a GPU ran out of memory ({str(error).splitlines()[0]}); lower fit.max_batch_tokens, or share a teacher out "
+            "over the workers (fit.sharded)"
+        ) from error
 
 
 class _Loop:

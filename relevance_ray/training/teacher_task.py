@@ -56,6 +56,11 @@ class TeacherTask(PairTask):
         if spec.held_out is not None:
             self.asked, self.asked_rows = pairs, np.flatnonzero(fold == spec.held_out)
         train = (lengths > 0) & (fold != spec.held_out if spec.held_out is not None else True)
+        if not train.any():
+            raise UserError(
+                "no judged pair of train can be read by this teacher; raise teacher.max_tokens, which its prompt counts "
+                "towards, or name in teacher.fields what the products have"
+            )
         self.pairs, self.rows = pairs, np.flatnonzero(train)
         self.single = len(self.gains) == 2 and self.net.config.num_labels == 1
         distributions = collate.grade_distributions(judged, self.info.scale, spec.label_smoothing)

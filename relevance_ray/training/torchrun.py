@@ -40,9 +40,12 @@ def student_options(settings: list[str]) -> StudentOptions:
         key, separator, value = setting.partition("=")
         section, _, name = key.rpartition(".")
         known = {field.name for field in dataclasses.fields(FitOptions if section == "fit" else StudentOptions)}
-        if not separator or section not in values or name not in known:
+        if not separator or section not in values or name not in known or key == "fit":
             raise UserError(f"--set {setting}: give key=value, a key of `student` as relevance-ray config prints them")
-        values[section][name] = yaml.safe_load(value)
+        try:
+            values[section][name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"--set {setting}: the value is not YAML ({error})".replace("\n", " ")) from error
     try:
         return TypeAdapter(StudentOptions).validate_python({**values[""], "fit": values["fit"]})
     except ValidationError as error:
@@ -64,7 +67,8 @@ def train(arguments: argparse.Namespace) -> None:
     scale = LabelScale.from_dict(json.loads(Path(arguments.scale).read_text(encoding="utf-8")))
     out = Path(arguments.out).absolute()
     options = student_options(arguments.set)
-    key = fingerprint(semantic(options), files, [os.stat(file).st_size for file in files], content_id(arguments.judged))
+    given = [content_id(arguments.judged), content_id(arguments.scale), arguments.label_smoothing]
+    key = fingerprint(semantic(options), files, [os.stat(file).st_size for file in files], given)
     work = out.with_name(f"{out.name}.work-{key}")
     request = StudentRequest(
         options, scale, files, arguments.judged, str(out), str(work), label_smoothing=arguments.label_smoothing
