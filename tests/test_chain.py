@@ -81,16 +81,17 @@ def test_a_finished_chain_is_skipped_and_growth_does_only_what_is_new(tmp_path: 
     assert after.hours == pytest.approx(200 / 50 / 3600)
     assert after.tokens_per_pair == pytest.approx(took["tokens"] / 800, rel=0.02)
 
+    student = Path(first.folders["train-student"])
+    hidden = student.rename(tmp_path / "hidden")  # the curve asks for labels alone
     curve, path = Chain(build_config(values(tmp_path, encoder)), said.append).measure_scaling(num_sizes=3)
+    hidden.rename(student)
     assert [row["pairs"] for row in curve["sizes"]] == [200, 400, 800]
     assert curve["baselines"].keys() == {"teacher", "human_only", "bm25"}
     assert "Scaling curve" in Path(path).read_text()
     said.clear()
-    student = Path(first.folders["train-student"])
-    hidden = student.rename(tmp_path / "hidden")  # the curve asks for labels alone
+    # The run's own student takes the place of the curve's largest, and is the same.
     assert Chain(build_config(values(tmp_path, encoder)), said.append).measure_scaling(num_sizes=3)[0] == curve
     assert not said, "all students were there"
-    hidden.rename(student)
 
     said.clear()
     again = Chain(build_config(values(tmp_path, encoder)), said.append).run()
