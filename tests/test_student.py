@@ -223,9 +223,8 @@ def test_the_seed_decides_the_head_and_depth_is_cut(encoder_folder: Path, tmp_pa
 def test_more_layers_or_tokens_than_the_model_has_are_refused(encoder_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="num_layers is 9, but model .* has 2 layers"):
         build_cross_encoder(student_options(encoder_folder, num_layers=9), SCALE, tmp_path / "out", 0)
-    distil = DistilBertConfig(
-        vocab_size=99, dim=8, hidden_dim=8, n_heads=2, n_layers=2
-    )  # its file has no num_hidden_layers
+    # Its file has no num_hidden_layers.
+    distil = DistilBertConfig(vocab_size=99, dim=8, hidden_dim=8, n_heads=2, n_layers=2)
     DistilBertModel(distil).save_pretrained(tmp_path / "distil")
     AutoTokenizer.from_pretrained(encoder_folder).save_pretrained(tmp_path / "distil")
     with pytest.raises(UserError, match="num_layers is 3, but model .* has 2 layers"):
