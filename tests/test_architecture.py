@@ -97,3 +97,9 @@ def test_importing_it_loads_neither_torch_nor_ray(name: str) -> None:
     code = f"import {name}, sys; print([m for m in ('torch', 'ray', 'transformers') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_what_the_controller_and_the_board_of_a_training_load_is_light() -> None:
+    code = "import relevance_ray.training.ray_worker, sys; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
