@@ -60,7 +60,12 @@ class ResourceOptions:
     label_actors: int = option(1, "Engine actors that label shards, or embed the catalog", operational=True)
     cpus_per_label_actor: int = option(2, "CPUs of one engine actor", operational=True)
     gpus_per_label_actor: float = option(0, "GPUs of one engine actor", operational=True)
-    train_workers: int = option(2, "Data-parallel training workers", operational=True)
+    train_workers: int = option(
+        2,
+        "Data-parallel training workers; 0: train in the job's own process (on the GPU it sees, if any), without Ray Train, "
+        "which takes longer to start than a short training",
+        operational=True,
+    )
     cpus_per_train_worker: int = option(1, "CPUs of one training worker", operational=True)
     train_on_gpu: bool = option(False, "Give each training worker a GPU", operational=True)
     no_progress_minutes: float = option(
@@ -76,12 +81,17 @@ class ResourceOptions:
             "cpus_per_write_actor",
             "label_actors",
             "cpus_per_label_actor",
-            "train_workers",
             "cpus_per_train_worker",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
-        for name in ("search_actors", "gpus_per_write_actor", "gpus_per_label_actor", "no_progress_minutes"):
+        for name in (
+            "search_actors",
+            "train_workers",
+            "gpus_per_write_actor",
+            "gpus_per_label_actor",
+            "no_progress_minutes",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative")
 
@@ -98,7 +108,7 @@ class ResourceOptions:
                 cpus, gpus = self.cpus_per_write_actor, self.gpus_per_write_actor
                 stages.append(Demand(self.write_actors, cpus, gpus, "resources.write_actors", self.search_actors))
             return stages
-        if step in ("train-teacher", "train-student", "evaluate"):
+        if step in ("train-teacher", "train-student", "evaluate") and self.train_workers:
             key = "resources.train_workers"
             return [Demand(self.train_workers, self.cpus_per_train_worker, int(self.train_on_gpu), key)]
         return []

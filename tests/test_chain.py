@@ -174,6 +174,7 @@ def test_a_nightly_catalog_keeps_its_teacher_and_labels_only_what_is_new(tmp_pat
         shop = tmp_path / f"night-{night}"
         write_shop(shop, num_new)
         run = values(tmp_path / "root", encoder, source="log", num_pairs=1200)
+        run["resources"]["train_workers"] = 1
         run["data"] = {
             "format": "generic",
             "path": str(shop),
@@ -191,6 +192,7 @@ def test_a_nightly_catalog_keeps_its_teacher_and_labels_only_what_is_new(tmp_pat
     assert 0.85 * 1200 < summary["reused"] < 1200
 
 
+@pytest.mark.usefixtures("ray_cluster")
 def test_ctrl_c_while_labeling_loses_nothing_that_was_committed(tmp_path: Path, encoder: Path) -> None:
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(values(tmp_path / "root", encoder, num_pairs=4000, groups_per_shard=5)))
@@ -226,6 +228,7 @@ def test_ctrl_c_while_labeling_loses_nothing_that_was_committed(tmp_path: Path, 
     assert sum(record["pairs"] for record in after.values()) == 4000
 
 
+@pytest.mark.usefixtures("ray_cluster")
 def test_pairs_and_labels_of_ones_own_replace_generation_and_teacher(tmp_path: Path, encoder: Path) -> None:
     """The README's way into the chain; one pair without a label is one failed row, and exit code 3 says so."""
     shop = tmp_path / "shop"
@@ -278,17 +281,21 @@ def test_pairs_and_labels_of_ones_own_replace_generation_and_teacher(tmp_path: P
 def test_a_chain_lives_on_s3(s3_server: None, tmp_path: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RELEVANCE_RAY_CACHE", str(tmp_path / "cache"))
     config = tmp_path / "run.yaml"
-    config.write_text(yaml.safe_dump(values(tmp_path, encoder) | {"storage": {"root": "s3://bucket/chain"}}))
-    first = cli("run", str(config))
+    workers = {"train_workers": 2, "cpus_per_label_actor": 1}
+    run = values(tmp_path, encoder) | {"storage": {"root": "s3://bucket/chain"}, "resources": workers}
+    config.write_text(yaml.safe_dump(run))
+    command = [sys.executable, "-m", "relevance_ray.cli", "run", str(config)]  # its Ray knows this S3
+    first = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert first.returncode == 0, first.stderr
     latest = storage.read_json("s3://bucket/chain/latest.json")
     assert (storage.localize(latest["student"]) / "relevance.json").is_file()
     assert storage.exists(storage.join(latest["evaluate"], "report.md"))
-    again = cli("run", str(config))
+    again = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("done already, skipped") == len(STEPS)
 
 
+@pytest.mark.usefixtures("ray_cluster")
 def test_what_failed_is_told_by_status_and_retried_alone(
     tmp_path: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -267,7 +267,8 @@ def test_shop_pairs_become_groups_as_they_are(tmp_path: Path, ray_cluster: None)
     out = tmp_path / "generate"
     with pytest.raises(UserError, match="1 groups with 2 pairs .*2 near-duplicates of held-out queries"):
         generate(lexical_options(source="file", pairs_file=pairs, num_pairs=9), str(prepared), str(out))
-    summary = generate(lexical_options(source="file", pairs_file=pairs, num_pairs=2), str(prepared), str(out))
+    summary = generate(GenerateOptions(source="file", pairs_file=pairs, num_pairs=2), str(prepared), str(out))
+    assert not list(out.rglob("vectors")), "nothing is searched for"
     group = pq.read_table(CommitLog(str(out)).files()[0]).to_pylist()[0]
     assert summary["sources"] == {"file": 1}
     assert [(p["product_id"], p["origins"]) for p in group["products"]] == [

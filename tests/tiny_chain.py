@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
+import io
 import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+from relevance_ray.cli import main
 
 
 def values(root: Path, encoder: Path, **generate: Any) -> dict[str, Any]:
@@ -29,7 +33,7 @@ def values(root: Path, encoder: Path, **generate: Any) -> dict[str, Any]:
             "num_resamples": 50,
             "human_fit": {"epochs": 1, "batch_size": 64},
         },
-        "resources": {"train_workers": 1, "cpus_per_label_actor": 1},
+        "resources": {"train_workers": 0, "cpus_per_label_actor": 1},
     }
 
 
@@ -38,7 +42,24 @@ def heed_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def cli(*arguments: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "relevance_ray.cli", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False, **kwargs)
+def cli(*arguments: str, cwd: Path | str = ".") -> subprocess.CompletedProcess[str]:
+    """The command in this process, which has Ray and torch loaded: what it said, and its exit code. An exception that it
+    would end with a traceback for is raised."""
+    out, error = io.StringIO(), io.StringIO()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    command = ["relevance-ray", *arguments]
+    code: Any = 0
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(error),
+        contextlib.chdir(cwd),
+        mock.patch.object(sys, "argv", command),
+    ):
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    return subprocess.CompletedProcess(command, code, out.getvalue(), error.getvalue())

@@ -30,6 +30,7 @@ from relevance_ray.training.options import StudentOptions
 
 if TYPE_CHECKING:
     from relevance_ray.training.fit import OnProgress
+    from relevance_ray.training.runners import Runner
     from relevance_ray.training.student import StudentRequest
 
 FILES_FOR_ACTORS = 200
@@ -42,10 +43,14 @@ class TrainingWork:
     def __init__(self, tools: StepTools) -> None:
         self.tools, self.config, self.at = tools, tools.config, tools.at
 
-    def _runner(self, name: str) -> Any:
+    def _runner(self, name: str) -> Runner:
+        resources = self.config.resources
+        if not resources.train_workers:
+            from relevance_ray.training.runners import local_runner
+
+            return local_runner
         from relevance_ray.training.ray_train import ray_runner
 
-        resources = self.config.resources
         self.tools.ray("train-student")
         return ray_runner(
             num_workers=resources.train_workers,
@@ -115,13 +120,15 @@ class TrainingWork:
 
         resources = self.config.resources
         num_files = max(len(request.train_files or ()) for request in requests.values())
-        spread = ray_ingest(Workers(resources.train_workers, resources.cpus_per_train_worker))
+        spread = resources.train_workers and num_files >= FILES_FOR_ACTORS
         with self.tools.progress(name, None, "steps") as progress, self._tracking(tracked) as track:
             return train_students(
                 list(requests.values()),
                 self._runner(name),
                 on_progress=partial(show_training, progress, track),
-                run_ingest=in_turn if num_files < FILES_FOR_ACTORS else spread,
+                run_ingest=ray_ingest(Workers(resources.train_workers, resources.cpus_per_train_worker))
+                if spread
+                else in_turn,
                 on_ingest=lambda done, of: progress.update(part=f"tokens {done}/{of}"),
             )
 

@@ -168,7 +168,9 @@ class GenerateOptions:
 
     @property
     def uses_dense(self) -> bool:
-        return any(self.quotas.get(name, 0) > 0 for name in ("dense", "dense_middle"))
+        """Whether vectors of the catalog are needed; pairs of a file bring their own products."""
+        searched = set(self.sources) != {"file"}
+        return searched and any(self.quotas.get(name, 0) > 0 for name in ("dense", "dense_middle"))
 
 
 def _check_weights(key: str, weights: dict[str, float], names: tuple[str, ...]) -> None:
