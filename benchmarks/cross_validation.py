@@ -40,14 +40,9 @@ from relevance_ray.chain.tools import StepTools
 from relevance_ray.chain.trainings import TrainingWork
 from relevance_ray.config import Config, load_config
 from relevance_ray.data.prepare import read_judged, read_scale
-from relevance_ray.evaluation.compare import (
-    Predictions,
-    as_results,
-    compare_predictions,
-    difference,
-    random_predictions,
-)
+from relevance_ray.evaluation.compare import as_results, compare_predictions, difference, random_predictions
 from relevance_ray.evaluation.judged import JudgedPairs, flatten
+from relevance_ray.evaluation.measure import Predictions
 from relevance_ray.evaluation.options import Baseline
 from relevance_ray.evaluation.report import metric_title, write_report
 from relevance_ray.model_folder import read_model_info
@@ -178,7 +173,11 @@ def names_of(table: pa.Table) -> list[str]:
 def read_predictions(table: pa.Table) -> dict[str, Predictions]:
     """Model name -> predictions, out of a fold's table."""
     return {
-        name: Predictions(pc.fill_null(table[f"{name}.logit"], -np.inf).to_numpy(), table[f"{name}.class"].to_numpy())
+        name: Predictions(
+            pc.fill_null(table[f"{name}.logit"], -np.inf).to_numpy(),
+            table[f"{name}.class"].to_numpy(),
+            table[f"{name}.probability"].to_numpy(),
+        )
         for name in names_of(table)
     }
 
@@ -193,7 +192,10 @@ def join_folds(
     for name in folds[0][1]:
         parts = [predictions[name] for _, predictions in folds]
         classes = [part.classes for part in parts if part.classes is not None]
-        joined[name] = Predictions(np.concatenate([part.logits for part in parts]), np.concatenate(classes))
+        probabilities = [part.probabilities for part in parts if part.probabilities is not None]
+        joined[name] = Predictions(
+            np.concatenate([part.logits for part in parts]), np.concatenate(classes), np.concatenate(probabilities)
+        )
     return pairs, joined | {"random": random_predictions(pairs.num_pairs)}
 
 

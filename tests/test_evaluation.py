@@ -16,24 +16,19 @@ from relevance_ray.engines.base import SINGLE_LOGIT_GAINS, FolderModel
 from relevance_ray.engines.registry import load_pair_model
 from relevance_ray.errors import UserError
 from relevance_ray.evaluation.baselines import build_baselines
-from relevance_ray.evaluation.compare import (
-    Predictions,
-    compare_predictions,
-    difference,
-    evaluate_models,
-    predict,
-)
-from relevance_ray.evaluation.judged import flatten, of_split
+from relevance_ray.evaluation.compare import compare_predictions, difference, evaluate_models, predict
+from relevance_ray.evaluation.judged import Judgments, flatten, of_split
+from relevance_ray.evaluation.measure import Predictions, measure
 from relevance_ray.evaluation.options import EvaluateOptions
 from relevance_ray.evaluation.report import render_markdown, verdict, write_report
 from relevance_ray.evaluation.significance import (
-    mean_over_queries,
-    over_pairs,
+    holm,
+    means_over_queries,
     percentile_interval,
+    randomization_test,
     resample_counts,
-    value_of,
 )
-from relevance_ray.metrics import group_offsets, roc_auc
+from relevance_ray.metrics import group_offsets
 from relevance_ray.model_folder import ModelInfo
 from relevance_ray.schema import JUDGED_GROUP, PRODUCT, SCALES, pair_id, product_fields
 from relevance_ray.templates import Template
@@ -100,25 +95,70 @@ def test_an_unknown_grade_names_query_and_product():
 
 def test_bootstrap_interval_of_a_mean_is_the_normal_one():
     values = np.random.default_rng(0).normal(size=400)
-    samples = mean_over_queries(values)(resample_counts(400, 4000, seed=1))
+    samples = means_over_queries(values[:, None])(resample_counts(400, 4000, seed=1))[:, 0]
     low, high = percentile_interval(samples)
     half = norm.ppf(0.975) * values.std() / np.sqrt(400)
     assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.006)
 
 
-def test_a_resample_of_a_pooled_metric_is_the_metric_of_the_drawn_queries():
+def test_resamples_draw_whole_queries_and_depend_on_no_block(monkeypatch):
+    whole = resample_counts(7, 50, seed=3)
+    assert (whole.sum(axis=1) == 7).all()
+    assert whole.min() == 0
+    assert whole.max() > 1
+    monkeypatch.setattr("relevance_ray.evaluation.significance.MAX_BLOCK_VALUES", 20)
+    np.testing.assert_array_equal(resample_counts(7, 50, seed=3), whole)
+
+
+@pytest.mark.parametrize("max_bins", [8192, 12])
+def test_a_resample_of_a_metric_is_the_metric_of_the_drawn_queries(monkeypatch, max_bins):
+    monkeypatch.setattr("relevance_ray.evaluation.measure.MAX_BINS", max_bins)
     rng = np.random.default_rng(2)
-    offsets = group_offsets([3, 5, 4])
-    relevant, scores = rng.random(12) < 0.5, rng.normal(size=12)
-    statistic = over_pairs(lambda weights: roc_auc(relevant, scores, weights), offsets)
-    drawn = np.concatenate([np.arange(0, 3), np.arange(8, 12), np.arange(8, 12)])
-    assert statistic(np.array([[1.0, 0.0, 2.0]])) == pytest.approx([float(roc_auc(relevant[drawn], scores[drawn]))])
+    lengths = rng.integers(1, 9, 40)
+
+    def judgments(queries):
+        taken = np.concatenate([np.arange(a, b) for a, b in zip(offsets[queries], offsets[queries + 1], strict=True)])
+        parts = (gains[taken], classes[taken], gains[taken] == 1.0)
+        found = Predictions(logits[taken], predicted[taken], probabilities[taken])
+        return Judgments(group_offsets(lengths[queries]), *parts), found
+
+    offsets = group_offsets(lengths)
+    classes = rng.integers(0, 4, offsets[-1])
+    gains, logits = np.array([0.0, 0.01, 0.1, 1.0])[classes], np.round(rng.normal(size=offsets[-1]), 1)
+    predicted, probabilities = rng.integers(0, 4, offsets[-1]), rng.random(offsets[-1])
+    counts = resample_counts(40, 3, seed=0)
+    drawn = [part.draw(counts) for part in measure(*judgments(np.arange(40)), 4, [3], [0.5])]
+    for row, times in enumerate(counts.astype(int)):
+        again = measure(*judgments(np.repeat(np.arange(40), times)), 4, [3], [0.5])
+        for found, part in zip(drawn, again, strict=True):
+            pooled = "roc_auc" in part.names and max_bins == 12  # fewer bins than scores
+            assert found[row] == pytest.approx(part.values, abs=0.1 if pooled else 1e-12)
 
 
 def test_queries_without_a_value_leave_every_mean_they_are_drawn_into():
-    statistic = mean_over_queries(np.array([0.2, np.nan, 0.6]))
-    assert value_of(statistic, 3) == pytest.approx(0.4)
-    assert statistic(np.array([[3.0, 0, 0], [0, 3, 0], [1, 1, 1]])) == pytest.approx([0.2, np.nan, 0.4], nan_ok=True)
+    values = np.array([[0.2], [np.nan], [0.6]])
+    counts = np.array([[3.0, 0, 0], [0, 3, 0], [1, 1, 1]])
+    assert means_over_queries(values)(counts)[:, 0] == pytest.approx([0.2, np.nan, 0.4], nan_ok=True)
+
+
+def test_a_randomization_test_counts_the_assignments_that_are_as_far_from_none():
+    differences = np.array([0.3, 0.1, 0.2, -0.05, 0.15, 0.1, 0.02, 0.3])
+    signs = np.array(list(itertools.product((-1, 1), repeat=8)))
+    exact = (np.abs(signs @ differences) >= differences.sum() - 1e-12).mean()
+    columns = np.stack([differences, -differences, np.zeros(8), np.full(8, np.nan)], axis=1)
+    found = randomization_test(columns, 20_000, seed=0)
+    assert found[:2] == pytest.approx([exact, exact], abs=0.004)
+    assert found[2] == 1.0
+    assert np.isnan(found[3])
+
+
+def test_holm_raises_p_values_by_how_many_comparisons_there_are():
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}) == pytest.approx(
+        {"a": 0.03, "b": 0.06, "c": 0.06, "d": 0.02}
+    )
+    found = holm({"a": 0.6, "b": float("nan"), "c": 0.9})
+    assert (found["a"], found["c"]) == (1.0, 1.0)
+    assert np.isnan(found["b"])
 
 
 def test_figures_equal_scikit_learn_on_the_same_judgments():
@@ -133,6 +173,7 @@ def test_figures_equal_scikit_learn_on_the_same_judgments():
     assert metrics["roc_auc"]["value"] == pytest.approx(roc_auc_score(pairs.relevant, scores))
     assert metrics["ndcg@10"]["low"] < metrics["ndcg@10"]["value"] < metrics["ndcg@10"]["high"]
     assert "macro_f1" not in metrics  # no calibration, no grades
+    assert "brier" not in metrics
 
 
 def test_a_paired_difference_is_surer_than_its_two_figures():
@@ -145,6 +186,9 @@ def test_a_paired_difference_is_surer_than_its_two_figures():
     single = split["models"]["base"]["metrics"]["ndcg"]
     assert found["low"] > 0
     assert found["high"] - found["low"] < 0.5 * (single["high"] - single["low"])
+    [stored] = [row for row in split["differences"] if row["metric"] == "ndcg"]
+    assert stored["p"] == stored["p_holm"] < 0.01
+    assert next(row for row in split["differences"] if row["metric"] == "roc_auc")["p"] is None
     turned = difference(split, "ndcg", "base", "better")
     assert (turned["difference"], turned["low"], turned["high"]) == (
         -found["difference"],
@@ -161,10 +205,12 @@ def test_the_same_seed_gives_the_same_intervals():
 
 def test_perfect_grades_have_an_f1_of_one():
     pairs = flatten(judged_table(), ESCI)
-    perfect = Predictions(pairs.classes.astype(float), pairs.classes)
+    perfect = Predictions(pairs.classes.astype(float), pairs.classes, pairs.relevant.astype(float))
     metrics = compare_predictions(pairs, {"m": perfect}, ESCI, FAST)["models"]["m"]["metrics"]
-    for name in ("ndcg", "roc_auc", "macro_f1", "micro_f1", "pairwise_accuracy", "recall@precision0.9", "mrr"):
-        assert metrics[name]["value"] == 1.0
+    assert {name: found["value"] for name, found in metrics.items()} == {
+        name: 0.0 if name in ("calibration_error", "brier") else pytest.approx(1.0) for name in metrics
+    }
+    assert len(metrics) == 15
 
 
 def test_a_pair_that_a_model_refuses_is_ranked_last_and_counted():
@@ -207,7 +253,7 @@ def test_no_judgment_in_any_split_says_what_to_change():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"splits": ["tset"]}, {"splits": []}, {"ks": [0]}, {"precision": 0.0}, {"num_resamples": 0}]
+    "wrong", [{"splits": ["tset"]}, {"splits": []}, {"ks": [0]}, {"precisions": [0.0]}, {"num_resamples": 0}]
 )
 def test_options_out_of_range_are_refused_by_name(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -4,15 +4,23 @@ import itertools
 
 import numpy as np
 import pytest
-from sklearn.metrics import f1_score, ndcg_score, roc_auc_score
+from scipy.stats import kendalltau
+from sklearn.metrics import average_precision_score, brier_score_loss, f1_score, ndcg_score, roc_auc_score
 
 from relevance_ray.metrics import (
+    Ranking,
+    Thresholds,
+    brier_score,
+    calibration_error,
+    calibration_sums,
     confusion_by_query,
     group_offsets,
     macro_f1,
     micro_f1,
     ndcg,
     pairwise_accuracy,
+    pooled_figures,
+    pr_auc,
     recall_at_precision,
     reciprocal_rank,
     roc_auc,
@@ -51,9 +59,9 @@ def test_ndcg_equals_scikit_learn(ties, k):
             assert np.isnan(value)
 
 
-def test_ndcg_and_reciprocal_rank_equal_trec_eval_where_nothing_ties():
+def test_ranking_metrics_equal_trec_eval_where_nothing_ties():
     import ir_measures
-    from ir_measures import RR, nDCG
+    from ir_measures import AP, RR, R, nDCG
 
     gains, scores, offsets = random_queries(1, ties=False)
     grades = (gains * 100).astype(int)
@@ -62,16 +70,47 @@ def test_ndcg_and_reciprocal_rank_equal_trec_eval_where_nothing_ties():
         for i in range(part.start, part.stop):
             qrels.append(ir_measures.Qrel(str(q), str(i), int(grades[i])))
             run.append(ir_measures.ScoredDoc(str(q), str(i), float(scores[i])))
-    measured = {nDCG: {}, nDCG @ 10: {}, RR(rel=100): {}}
+    ranking, relevant = Ranking(scores, offsets), gains == 1.0
+    ours = {
+        nDCG: ranking.ndcg(gains),
+        nDCG @ 10: ranking.ndcg(gains, 10),
+        RR(rel=100): ranking.reciprocal_rank(relevant),
+        AP(rel=100): ranking.average_precision(relevant),
+        R(rel=100) @ 5: ranking.recall(relevant, 5),
+    }
+    measured = {measure: {} for measure in ours}
     for row in ir_measures.iter_calc(list(measured), qrels, run):
         measured[row.measure][int(row.query_id)] = row.value
-    ours = {
-        nDCG: ndcg(gains, scores, offsets),
-        nDCG @ 10: ndcg(gains, scores, offsets, 10),
-        RR(rel=100): reciprocal_rank(gains == 1.0, scores, offsets),
-    }
     for measure, values in ours.items():
         assert np.nan_to_num(values) == pytest.approx([measured[measure][q] for q in range(len(values))], abs=1e-9)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_kendall_tau_equals_scipy(ties):
+    gains, scores, offsets = random_queries(5, ties=ties)
+    _, tau = Ranking(scores, offsets).concordance(gains)
+    assert tau == pytest.approx([kendalltau(gains[p], scores[p]).statistic for p in slices(offsets)], nan_ok=True)
+
+
+def test_large_blocks_and_small_ones_give_the_same(monkeypatch):
+    gains, scores, offsets = random_queries(6, ties=True)
+    whole, tau = Ranking(scores, offsets).ndcg(gains, 5), Ranking(scores, offsets).concordance(gains)
+    monkeypatch.setattr("relevance_ray.metrics.MAX_BLOCK_VALUES", 30)
+    np.testing.assert_array_equal(Ranking(scores, offsets).ndcg(gains, 5), whole)
+    np.testing.assert_array_equal(Ranking(scores, offsets).concordance(gains), tau)
+
+
+def test_empty_queries_are_no_harm():
+    offsets = np.array([0, 0, 2, 2])
+    ranking = Ranking(np.array([1.0, 2.0]), offsets)
+    gains = np.array([1.0, 0.0])
+    for values in (
+        ranking.ndcg(gains),
+        ranking.average_precision(gains),
+        ranking.recall(gains, 1),
+        *ranking.concordance(gains),
+    ):
+        assert np.isnan(values).tolist() == [True, False, True]
 
 
 def test_a_constant_score_is_worth_the_mean_over_all_orders():
@@ -81,6 +120,8 @@ def test_a_constant_score_is_worth_the_mean_over_all_orders():
         lambda scores: ndcg(gains, scores, offsets, 2)[0],
         lambda scores: reciprocal_rank(gains > 0, scores, offsets)[0],
         lambda scores: pairwise_accuracy(gains, scores, offsets)[0],
+        lambda scores: Ranking(scores, offsets).average_precision(gains > 0)[0],
+        lambda scores: Ranking(scores, offsets).recall(gains > 0, 3)[0],
     ):
         assert metric(np.zeros(4)) == pytest.approx(np.mean([metric(order) for order in orders]))
 
@@ -111,6 +152,47 @@ def test_roc_auc_equals_scikit_learn_with_and_without_weights(ties):
     assert roc_auc(relevant, scores) == pytest.approx(roc_auc_score(relevant, scores))
     for ours, weight in zip(roc_auc(relevant, scores, weights), weights, strict=True):
         assert ours == pytest.approx(roc_auc_score(relevant, scores, sample_weight=weight))
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_pr_auc_equals_scikit_learn_with_and_without_weights(ties):
+    gains, scores, _ = random_queries(3, ties=ties)
+    relevant = gains == 1.0
+    weights = np.random.default_rng(0).integers(0, 4, (3, len(gains)))
+    assert pr_auc(relevant, scores) == pytest.approx(average_precision_score(relevant, scores))
+    for ours, weight in zip(pr_auc(relevant, scores, weights), weights, strict=True):
+        assert ours == pytest.approx(average_precision_score(relevant, scores, sample_weight=weight))
+
+
+def test_few_bins_are_near_the_exact_areas_and_keep_ties_together():
+    rng = np.random.default_rng(4)
+    relevant = rng.random(20_000) < 0.3
+    scores = np.round(rng.normal(size=20_000) + relevant, 2)
+    binned = Thresholds(relevant, scores, max_bins=200)
+    assert binned.num_bins <= 200
+    assert all(len(set(binned.bin[scores == value])) == 1 for value in (0.0, 0.5, 1.0))
+    assert (np.diff(binned.bin[np.argsort(-scores, kind="stable")]) >= 0).all()
+    assert pooled_figures(*binned.sums()).tolist() == pytest.approx(
+        [float(roc_auc(relevant, scores)), float(pr_auc(relevant, scores))], abs=0.005
+    )
+
+
+def test_brier_score_equals_scikit_learn_and_calibration_error_is_what_the_bins_say():
+    rng = np.random.default_rng(7)
+    offsets = group_offsets([30, 50, 20])
+    probabilities = rng.random(100)
+    relevant = rng.random(100) < probabilities
+    assert brier_score(relevant, probabilities).mean() == pytest.approx(brier_score_loss(relevant, probabilities))
+    expected = 0.0
+    for b in range(15):
+        inside = (probabilities >= b / 15) & (probabilities < (b + 1) / 15)
+        if inside.any():
+            expected += inside.mean() * abs(probabilities[inside].mean() - relevant[inside].mean())
+    sums = calibration_sums(relevant, probabilities, offsets)
+    assert sums[:, 0].sum(-1).tolist() == [30, 50, 20]
+    assert calibration_error(sums.sum(0)) == pytest.approx(expected)
+    certain = calibration_sums(np.ones(4, bool), np.ones(4), np.array([0, 4]))
+    assert calibration_error(certain.sum(0)) == 0.0
 
 
 def test_recall_at_precision_by_hand():

@@ -12,8 +12,6 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,52 +20,15 @@ import pyarrow as pa
 from relevance_ray.calibration import logit_of_classes
 from relevance_ray.engines.base import FolderModel
 from relevance_ray.errors import UserError
-from relevance_ray.evaluation.judged import JudgedPairs, flatten, of_split
+from relevance_ray.evaluation.judged import JudgedPairs, Judgments, flatten, of_split
+from relevance_ray.evaluation.measure import Measured, Predictions, measure, metric_names
 from relevance_ray.evaluation.options import EvaluateOptions
-from relevance_ray.evaluation.significance import (
-    Statistic,
-    mean_over_queries,
-    over_confusion,
-    over_pairs,
-    percentile_interval,
-    resample_counts,
-    value_of,
-)
-from relevance_ray.metrics import (
-    confusion_by_query,
-    macro_f1,
-    micro_f1,
-    ndcg,
-    pairwise_accuracy,
-    recall_at_precision,
-    reciprocal_rank,
-    roc_auc,
-)
+from relevance_ray.evaluation.significance import holm, percentile_interval, randomization_test, resample_blocks
+from relevance_ray.metrics import count_by_query
 from relevance_ray.schema import LabelScale
 
 PAIRS_PER_CALL = 2048
 ERROR_EXAMPLES = 3
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """What one model says of n judged pairs.
-
-    Attributes:
-        logits: float64 [n], -inf where the model could not score the pair.
-        classes: int64 [n] predicted class index, or None for a model without calibration (it has no F1).
-        seconds: time spent scoring, 0 where nothing was timed.
-        errors: why pairs failed, the first few, each naming its query and product.
-    """
-
-    logits: np.ndarray
-    classes: np.ndarray | None = None
-    seconds: float = 0.0
-    errors: tuple[str, ...] = ()
-
-    @property
-    def num_failed(self) -> int:
-        return int(np.isneginf(self.logits).sum())
 
 
 def predict(model: FolderModel, pairs: JudgedPairs, on_progress: Callable[[int], object] | None = None) -> Predictions:
@@ -91,11 +52,13 @@ def predict(model: FolderModel, pairs: JudgedPairs, on_progress: Callable[[int],
             on_progress(stop - start)
         start = stop
     seconds = time.perf_counter() - started
-    calibration, classes = model.info.calibration, None
+    calibration, classes, probabilities = model.info.calibration, None, None
     if calibration is not None:
         scored = np.isfinite(logits)
-        classes = np.where(scored, calibration.grade_index(np.where(scored, logits, 0.0)), 0)
-    return Predictions(logits, classes, seconds, tuple(errors[:ERROR_EXAMPLES]))
+        known = np.where(scored, logits, 0.0)
+        classes = np.where(scored, calibration.grade_index(known), 0)
+        probabilities = np.where(scored, calibration.probability(known, model.info.scale.relevant_index), 0.0)
+    return Predictions(logits, classes, probabilities, seconds, tuple(errors[:ERROR_EXAMPLES]))
 
 
 def random_predictions(num_pairs: int) -> Predictions:
@@ -103,38 +66,8 @@ def random_predictions(num_pairs: int) -> Predictions:
     return Predictions(np.zeros(num_pairs))
 
 
-def metric_names(options: EvaluateOptions) -> list[str]:
-    """The metrics' names, in the order of the report."""
-    recall = f"recall@precision{options.precision:g}"
-    ranking = ["ndcg", *(f"ndcg@{k}" for k in options.ks), "mrr", "pairwise_accuracy"]
-    return [*ranking, "roc_auc", recall, "macro_f1", "micro_f1"]
-
-
-def model_statistics(
-    pairs: JudgedPairs, predictions: Predictions, num_classes: int, options: EvaluateOptions
-) -> dict[str, Statistic]:
-    """Each metric of one model as a statistic of how often each query is drawn; without classes there is no F1."""
-    scores, offsets, gains = predictions.logits, pairs.offsets, pairs.gains
-    if len(scores) != pairs.num_pairs:
-        raise ValueError(f"{len(scores)} predictions for {pairs.num_pairs} judged pairs")
-    names = metric_names(options)
-    per_query = [ndcg(gains, scores, offsets)]
-    per_query += [ndcg(gains, scores, offsets, k) for k in options.ks]
-    per_query += [reciprocal_rank(pairs.relevant, scores, offsets), pairwise_accuracy(gains, scores, offsets)]
-    pooled = [
-        partial(roc_auc, pairs.relevant, scores),
-        partial(recall_at_precision, pairs.relevant, scores, options.precision),
-    ]
-    found: list[Statistic] = [mean_over_queries(values) for values in per_query]
-    found += [over_pairs(metric, offsets) for metric in pooled]
-    if predictions.classes is not None:
-        confusion = confusion_by_query(pairs.classes, predictions.classes, num_classes, offsets)
-        found += [over_confusion(macro_f1, confusion), over_confusion(micro_f1, confusion)]
-    return dict(zip(names, found, strict=False))
-
-
 def compare_predictions(
-    pairs: JudgedPairs, predictions: Mapping[str, Predictions], scale: LabelScale, options: EvaluateOptions
+    pairs: Judgments, predictions: Mapping[str, Predictions], scale: LabelScale, options: EvaluateOptions
 ) -> dict[str, Any]:
     """Every metric of every model, and of every two models their difference, with 95% paired bootstrap intervals.
 
@@ -145,45 +78,81 @@ def compare_predictions(
     Returns:
         Plain JSON values, None for undefined::
 
-            {"num_queries", "num_pairs", "num_queries_without_gain",
+            {"num_queries", "num_pairs", "num_queries_without_gain", "num_queries_without_relevant",
              "models": {name: {"num_failed", "errors", "pairs_per_second",
                                "metrics": {metric: {"value", "low", "high"}}}},
-             "differences": [{"metric", "model", "other", "difference", "low", "high"}]}
+             "differences": [{"metric", "model", "other", "difference", "low", "high", "p", "p_holm"}]}
+
+        `p` is the randomization test's, of metrics that are means over queries; `p_holm` holds it against the comparisons
+        of all models by that metric.
     """
-    counts = resample_counts(pairs.num_queries, options.num_resamples, options.seed)
-    models: dict[str, Any] = {}
+    measured = {
+        name: measure(pairs, prediction, scale.num_classes, options.ks, options.precisions)
+        for name, prediction in predictions.items()
+    }
+    draws: dict[str, list[np.ndarray]] = {name: [] for name in measured}
+    for counts in resample_blocks(pairs.num_queries, options.num_resamples, options.seed):
+        for name, parts in measured.items():
+            draws[name].append(np.concatenate([part.draw(counts) for part in parts], axis=1))
     values: dict[str, dict[str, tuple[float, np.ndarray]]] = {}
+    models: dict[str, Any] = {}
     for name, prediction in predictions.items():
-        statistics = model_statistics(pairs, prediction, scale.num_classes, options)
-        values[name] = {
-            metric: (value_of(statistic, pairs.num_queries), statistic(counts))
-            for metric, statistic in statistics.items()
-        }
+        names = [metric for part in measured[name] for metric in part.names]
+        seen, drawn = np.concatenate([part.values for part in measured[name]]), np.concatenate(draws[name]).T
+        values[name] = {metric: (float(value), draw) for metric, value, draw in zip(names, seen, drawn, strict=True)}
         models[name] = {
             "num_failed": prediction.num_failed,
             "errors": list(prediction.errors),
             "pairs_per_second": pairs.num_pairs / prediction.seconds if prediction.seconds > 0 else None,
             "metrics": {metric: _with_interval("value", *found) for metric, found in values[name].items()},
         }
-    differences = [
+    p_values = _p_values(measured, options)
+    differences: list[dict[str, Any]] = [
         {"metric": metric, "model": model, "other": other}
         | _with_interval(
             "difference",
             values[model][metric][0] - values[other][metric][0],
             values[model][metric][1] - values[other][metric][1],
         )
+        | p_values.get((metric, model, other), {"p": None, "p_holm": None})
         for model, other in itertools.combinations(predictions, 2)
         for metric in values[model]
         if metric in values[other]
     ]
-    without_gain = np.isnan(ndcg(pairs.gains, pairs.gains, pairs.offsets)).sum()
+    everything = np.zeros(pairs.num_pairs, dtype=np.int64)
+    gain, relevant = (count_by_query(everything, 1, pairs.offsets, worth) for worth in (pairs.gains, pairs.relevant))
     return {
         "num_queries": pairs.num_queries,
         "num_pairs": pairs.num_pairs,
-        "num_queries_without_gain": int(without_gain),
+        "num_queries_without_gain": int((gain == 0).sum()),
+        "num_queries_without_relevant": int((relevant == 0).sum()),
         "models": models,
         "differences": differences,
     }
+
+
+def _p_values(
+    measured: Mapping[str, Sequence[Measured]], options: EvaluateOptions
+) -> dict[tuple[str, str, str], dict[str, float | None]]:
+    """(metric, model, other) -> "p" and "p_holm" of the metrics that are means over queries."""
+    ranking = {name: part for name, parts in measured.items() for part in parts if part.by_query is not None}
+    found: dict[str, dict[tuple[str, str], float]] = {}
+    for model, other in itertools.combinations(ranking, 2):
+        own, others = ranking[model].by_query, ranking[other].by_query
+        assert own is not None
+        assert others is not None
+        p_values = randomization_test(own - others, options.num_permutations, options.seed)
+        for metric, p in zip(ranking[model].names, p_values.tolist(), strict=True):
+            found.setdefault(metric, {})[model, other] = p
+    return {
+        (metric, *key): {"p": _or_none(by_pair[key]), "p_holm": _or_none(corrected)}
+        for metric, by_pair in found.items()
+        for key, corrected in holm(by_pair).items()
+    }
+
+
+def _or_none(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
 
 
 def evaluate_models(
@@ -234,7 +203,8 @@ def evaluate_models(
 
 def predictions_table(split: str, pairs: JudgedPairs, predictions: Mapping[str, Predictions]) -> pa.Table:
     """What every model said of every pair: `split`, `query_id`, `query`, `product_id`, `gain`, and for each model
-    `NAME.logit` (null where it could not score the pair) and `NAME.class` (null without calibration)."""
+    `NAME.logit` (null where it could not score the pair), `NAME.class` and `NAME.probability` (null without
+    calibration)."""
     columns: dict[str, Any] = {
         "split": [split] * pairs.num_pairs,
         "query_id": np.repeat(pairs.query_ids, np.diff(pairs.offsets)),
@@ -244,9 +214,12 @@ def predictions_table(split: str, pairs: JudgedPairs, predictions: Mapping[str, 
     }
     for name, found in predictions.items():
         columns[f"{name}.logit"] = pa.array(found.logits, pa.float64(), mask=np.isneginf(found.logits))
-        columns[f"{name}.class"] = (
-            pa.array(found.classes, pa.int64()) if found.classes is not None else pa.nulls(pairs.num_pairs, pa.int64())
-        )
+        for column, values, kind in (
+            ("class", found.classes, pa.int64()),
+            ("probability", found.probabilities, pa.float64()),
+        ):
+            there = pa.nulls(pairs.num_pairs, kind) if values is None else pa.array(values, kind)
+            columns[f"{name}.{column}"] = there
     return pa.table(columns)
 
 
@@ -254,7 +227,7 @@ def as_results(splits: Mapping[str, Any], scale: LabelScale, options: EvaluateOp
     """What reports are written from: comparisons by split (or other name), with what is needed to read them."""
     return {
         "scale": scale.to_dict(),
-        "metrics": metric_names(options),
+        "metrics": metric_names(options.ks, options.precisions),
         "num_resamples": options.num_resamples,
         "seed": options.seed,
         "splits": dict(splits),
@@ -263,17 +236,17 @@ def as_results(splits: Mapping[str, Any], scale: LabelScale, options: EvaluateOp
 
 def _with_interval(key: str, value: float, samples: np.ndarray) -> dict[str, float | None]:
     low, high = percentile_interval(samples)
-    return {name: None if np.isnan(v) else float(v) for name, v in ((key, value), ("low", low), ("high", high))}
+    return {name: _or_none(v) for name, v in ((key, value), ("low", low), ("high", high))}
 
 
 def difference(split: Mapping[str, Any], metric: str, model: str, other: str) -> dict[str, float | None] | None:
-    """`model` minus `other` from one split's results, whichever way around it is stored; None where not measured."""
-    names: Sequence[str] = ("difference", "low", "high")
+    """`model` minus `other` from one split's results, whichever way around it is stored: `difference`, `low`, `high`, `p`
+    and `p_holm`; None where not measured."""
     for row in split["differences"]:
+        found = {name: row.get(name) for name in ("difference", "low", "high", "p", "p_holm")}
         if row["metric"] == metric and (row["model"], row["other"]) == (model, other):
-            return {name: row[name] for name in names}
+            return found
         if row["metric"] == metric and (row["model"], row["other"]) == (other, model):
-            low, high = row["high"], row["low"]
-            turned = (row["difference"], low, high)
-            return {name: None if v is None else -v for name, v in zip(names, turned, strict=True)}
+            turned = {"difference": found["difference"], "low": found["high"], "high": found["low"]}
+            return found | {name: None if value is None else -value for name, value in turned.items()}
     return None

@@ -20,24 +20,16 @@ from relevance_ray.schema import LabelScale
 
 
 @dataclass(frozen=True)
-class JudgedPairs:
-    """n judged pairs of q queries, one query after another.
+class Judgments:
+    """What n judged pairs of q queries are worth, one query after another: all that a metric needs.
 
     Attributes:
-        query_ids: [q].
-        queries: [n] the query's text, repeated for each of its pairs.
-        product_ids: [n].
-        products: [n] the product's fields, with its `product_id`.
         offsets: int64 [q + 1] where each query's pairs begin.
         gains: float64 [n] gain of the published grade (not smoothed).
         classes: int64 [n] class index of the published grade (the nearest one for a fractional mean).
         relevant: bool [n] whether that class is at or above the scale's `relevant_from`.
     """
 
-    query_ids: list[str]
-    queries: list[str]
-    product_ids: list[str]
-    products: list[Mapping[str, Any]]
     offsets: np.ndarray
     gains: np.ndarray
     classes: np.ndarray
@@ -45,11 +37,28 @@ class JudgedPairs:
 
     @property
     def num_queries(self) -> int:
-        return len(self.query_ids)
+        return len(self.offsets) - 1
 
     @property
     def num_pairs(self) -> int:
-        return len(self.queries)
+        return len(self.gains)
+
+
+@dataclass(frozen=True)
+class JudgedPairs(Judgments):
+    """Judgments, with what a model is asked.
+
+    Attributes:
+        query_ids: [q].
+        queries: [n] the query's text, repeated for each of its pairs.
+        product_ids: [n].
+        products: [n] the product's fields, with its `product_id`.
+    """
+
+    query_ids: list[str]
+    queries: list[str]
+    product_ids: list[str]
+    products: list[Mapping[str, Any]]
 
 
 def flatten(judged: pa.Table, scale: LabelScale) -> JudgedPairs:

@@ -19,9 +19,10 @@ class EvaluateOptions:
 
     __pydantic_config__ = STRICT
     splits: list[str] = option(["dev", "test"], "Splits of the human judgments to report, each by itself")
-    ks: list[int] = option([10], "Cutoffs k of nDCG@k, beside nDCG over the whole list")
-    precision: float = option(0.9, "The precision at which recall is reported")
+    ks: list[int] = option([10], "Cutoffs k of nDCG@k and recall@k, beside nDCG over the whole list")
+    precisions: list[float] = option([0.9, 0.95], "Precisions at which recall is reported")
     num_resamples: int = option(1000, "Bootstrap resamples of the queries behind each 95% interval")
+    num_permutations: int = option(10_000, "Random sign assignments behind each p-value")
     seed: int = option(0, "Seed of the resamples")
     baselines: list[Baseline] = option(
         ["bm25", "cosine", "random"], "Untrained scorers beside the models: BM25, a zero-shot cosine, random order"
@@ -50,7 +51,8 @@ class EvaluateOptions:
                 )
         if self.human_fit.sharded:
             raise ValueError("human_fit.sharded is for teachers; a student fits every worker")
-        if not 0 < self.precision <= 1:
-            raise ValueError(f"precision {self.precision} must be above 0 and at most 1")
-        if self.num_resamples < 1:
-            raise ValueError(f"num_resamples {self.num_resamples} must be at least 1")
+        if not all(0 < precision <= 1 for precision in self.precisions):
+            raise ValueError(f"precisions {self.precisions} must be above 0 and at most 1")
+        for name in ("num_resamples", "num_permutations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")

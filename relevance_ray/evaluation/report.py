@@ -16,10 +16,15 @@ FEW_QUERIES = 50
 _NAMES = {
     "ndcg": "nDCG",
     "mrr": "MRR",
+    "map": "MAP",
+    "kendall_tau": "Kendall's tau",
     "pairwise_accuracy": "pairwise accuracy",
     "roc_auc": "ROC AUC",
+    "pr_auc": "PR AUC",
     "macro_f1": "macro F1",
     "micro_f1": "micro F1",
+    "calibration_error": "calibration error (low is good)",
+    "brier": "Brier score (low is good)",
 }
 
 
@@ -94,12 +99,16 @@ def render_markdown(
         "## How to read this",
         "",
         f"- Label scale {scale['name']}, gains: {gains}. A pair is relevant from grade {scale['relevant_from']} on.",
-        "- nDCG, MRR and pairwise accuracy are means over queries; ROC AUC, recall at precision and F1 pool all pairs.",
-        "- Queries without any gain have no nDCG and are left out of its mean. Tied scores are worth the mean over "
-        "their orders; random is exactly that, with everything tied.",
-        "- Grades for F1 come from each model's calibration, which was fitted on dev: on dev itself F1 flatters.",
+        "- nDCG, recall@k, MRR, MAP, pairwise accuracy and Kendall's tau (b) are means over queries; ROC AUC, PR AUC, "
+        "recall at a precision, F1, calibration error (15 equal bins) and Brier score pool all pairs.",
+        "- Queries without any gain have no nDCG, those without a relevant product no recall, MRR and MAP, and they are "
+        "left out of these means. Tied scores are worth the mean over their orders; random is exactly that, with "
+        "everything tied.",
+        "- Grades for F1, and probabilities, come from each model's calibration, which was fitted on dev: on dev itself "
+        "they flatter.",
         f"- Intervals: 95%, {results['num_resamples']} paired bootstrap resamples of whole queries, "
-        f"seed {results['seed']}. A difference in bold has an interval without 0.",
+        f"seed {results['seed']}. A difference in bold has an interval without 0; p is the randomization test's over "
+        "queries, corrected for the comparisons of all models by that metric (Holm).",
         "",
     ]
     return "\n".join(lines)
@@ -147,7 +156,9 @@ def _difference(found: Mapping[str, float | None] | None) -> str:
     if found is None or found["difference"] is None or found["low"] is None or found["high"] is None:
         return "-"
     text = f"{found['difference']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
-    return f"**{text}**" if found["low"] > 0 or found["high"] < 0 else text
+    text = f"**{text}**" if found["low"] > 0 or found["high"] < 0 else text
+    p = found.get("p_holm")
+    return text if p is None else f"{text}, p {p:.3f}" if p >= 0.001 else f"{text}, p < .001"
 
 
 def _rate(pairs_per_second: float | None) -> str:

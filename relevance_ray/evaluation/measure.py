@@ -1,0 +1,174 @@
+"""All metrics of one model on judged pairs, as they are and under any resample of the queries.
+
+Three kinds of metrics, by what a resample costs: means over queries (ranking) and sums over queries (grades, calibration)
+are one matrix product; what a threshold over all pairs does (AUC, recall at a precision) is a sparse product with the pairs
+of each query in each bin of scores. Values are exact; under a resample more than `MAX_BINS` distinct scores share bins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from relevance_ray.evaluation.significance import Statistic, means_over_queries, sums_over_queries
+from relevance_ray.metrics import (
+    Ranking,
+    Thresholds,
+    brier_score,
+    calibration_error,
+    calibration_sums,
+    confusion_by_query,
+    count_by_query,
+    macro_f1,
+    micro_f1,
+    pooled_figures,
+)
+
+if TYPE_CHECKING:
+    from relevance_ray.evaluation.judged import Judgments
+
+MAX_BINS = 8192
+LOWER_IS_BETTER = frozenset({"calibration_error", "brier"})
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What one model says of n judged pairs.
+
+    Attributes:
+        logits: float64 [n], -inf where the model could not score the pair.
+        classes: int64 [n] predicted class index, or None for a model without calibration (it has no F1).
+        probabilities: float64 [n], P(grade >= `relevant_from`), or None likewise (it has no calibration error).
+        seconds: time spent scoring, 0 where nothing was timed.
+        errors: why pairs failed, the first few, each naming its query and product.
+    """
+
+    logits: np.ndarray
+    classes: np.ndarray | None = None
+    probabilities: np.ndarray | None = None
+    seconds: float = 0.0
+    errors: tuple[str, ...] = ()
+
+    @property
+    def num_failed(self) -> int:
+        return int(np.isneginf(self.logits).sum())
+
+
+@dataclass(frozen=True)
+class Measured:
+    """m metrics of one model.
+
+    Attributes:
+        names: of the metrics.
+        values: float64 [m], NaN for undefined.
+        draw: the metrics under a resample of the queries.
+        by_query: float64 [q, m] where the metrics are means of these, else None.
+    """
+
+    names: tuple[str, ...]
+    values: np.ndarray
+    draw: Statistic
+    by_query: np.ndarray | None = None
+
+
+def metric_names(ks: Sequence[int], precisions: Sequence[float]) -> list[str]:
+    """The metrics' names, in the order of the report."""
+    return [*_ranking_names(ks), *_pooled_names(precisions), *_GRADE_NAMES, *_PROBABILITY_NAMES]
+
+
+_GRADE_NAMES = ("macro_f1", "micro_f1")
+_PROBABILITY_NAMES = ("calibration_error", "brier")
+
+
+def _ranking_names(ks: Sequence[int]) -> tuple[str, ...]:
+    at = [f"{name}@{k}" for name in ("ndcg", "recall") for k in ks]
+    return ("ndcg", *at, "mrr", "map", "pairwise_accuracy", "kendall_tau")
+
+
+def _pooled_names(precisions: Sequence[float]) -> tuple[str, ...]:
+    return ("roc_auc", "pr_auc", *(f"recall@precision{precision:g}" for precision in precisions))
+
+
+def measure(
+    pairs: Judgments, predictions: Predictions, num_classes: int, ks: Sequence[int], precisions: Sequence[float]
+) -> list[Measured]:
+    """All metrics of a model; without classes there is no F1, without probabilities no calibration error.
+
+    Args:
+        pairs: n judged pairs.
+        predictions: of the same n pairs.
+        num_classes: of the label scale.
+        ks: cutoffs of nDCG and recall.
+        precisions: at which recall is measured.
+
+    Raises:
+        ValueError: another number of predictions than of judgments.
+    """
+    if len(predictions.logits) != pairs.num_pairs:
+        raise ValueError(f"{len(predictions.logits)} predictions for {pairs.num_pairs} judged pairs")
+    found = [_ranking(pairs, predictions.logits, ks), _pooled(pairs, predictions.logits, precisions)]
+    if predictions.classes is not None:
+        found.append(_grades(pairs, predictions.classes, num_classes))
+    if predictions.probabilities is not None:
+        found.append(_probabilities(pairs, predictions.probabilities))
+    return found
+
+
+def _ranking(pairs: Judgments, scores: np.ndarray, ks: Sequence[int]) -> Measured:
+    ranking, ideal = Ranking(scores, pairs.offsets), Ranking(pairs.gains, pairs.offsets)
+    columns = [ranking.ndcg(pairs.gains, ideal=ideal)]
+    columns += [ranking.ndcg(pairs.gains, k, ideal) for k in ks]
+    columns += [ranking.recall(pairs.relevant, k) for k in ks]
+    columns += [ranking.reciprocal_rank(pairs.relevant), ranking.average_precision(pairs.relevant)]
+    columns += ranking.concordance(pairs.gains)
+    values = np.stack(columns, axis=1)
+    draw = means_over_queries(values)
+    return Measured(_ranking_names(ks), draw(np.ones((1, pairs.num_queries)))[0], draw, values)
+
+
+def _pooled(pairs: Judgments, scores: np.ndarray, precisions: Sequence[float]) -> Measured:
+    from scipy.sparse import csr_matrix
+
+    values = pooled_figures(*Thresholds(pairs.relevant, scores).sums(), precisions)
+    binned = Thresholds(pairs.relevant, scores, MAX_BINS)
+    cell = np.where(pairs.relevant, binned.bin, binned.bin + binned.num_bins)
+    # Row q holds how many pairs of query q lie in each bin, the relevant ones before the others.
+    by_query = csr_matrix(
+        (np.ones(pairs.num_pairs), cell, pairs.offsets), shape=(pairs.num_queries, 2 * binned.num_bins)
+    )
+
+    def draw(counts: np.ndarray) -> np.ndarray:
+        hits, misses = (by_query.T @ np.ascontiguousarray(counts.T)).reshape(2, binned.num_bins, -1)
+        return pooled_figures(np.ascontiguousarray(hits.T), np.ascontiguousarray(misses.T), precisions)
+
+    return Measured(_pooled_names(precisions), values, draw)
+
+
+def _grades(pairs: Judgments, classes: np.ndarray, num_classes: int) -> Measured:
+    confusion = confusion_by_query(pairs.classes, classes, num_classes, pairs.offsets)
+    sums = sums_over_queries(confusion.reshape(pairs.num_queries, -1))
+
+    def draw(counts: np.ndarray) -> np.ndarray:
+        drawn = sums(counts).reshape(len(counts), num_classes, num_classes)
+        return np.stack([macro_f1(drawn), micro_f1(drawn)], axis=-1)
+
+    return Measured(_GRADE_NAMES, draw(np.ones((1, pairs.num_queries)))[0], draw)
+
+
+def _probabilities(pairs: Judgments, probabilities: np.ndarray) -> Measured:
+    bins = calibration_sums(pairs.relevant, probabilities, pairs.offsets)
+    squares = brier_score(pairs.relevant, probabilities)
+    squared = count_by_query(np.zeros(pairs.num_pairs, dtype=np.int64), 1, pairs.offsets, squares)
+    sums = sums_over_queries(np.concatenate([bins.reshape(pairs.num_queries, -1), squared], axis=1))
+
+    def draw(counts: np.ndarray) -> np.ndarray:
+        drawn = sums(counts)
+        of_bins = drawn[:, :-1].reshape(len(counts), *bins.shape[1:])
+        number = of_bins[:, 0].sum(-1)
+        brier = np.divide(drawn[:, -1], number, out=np.full(len(counts), np.nan), where=number > 0)
+        return np.stack([calibration_error(of_bins), brier], axis=-1)
+
+    return Measured(_PROBABILITY_NAMES, draw(np.ones((1, pairs.num_queries)))[0], draw)
