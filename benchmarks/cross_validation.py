@@ -40,7 +40,9 @@ from relevance_ray.chain.tools import StepTools
 from relevance_ray.chain.trainings import TrainingWork
 from relevance_ray.config import Config, load_config
 from relevance_ray.data.prepare import read_judged, read_scale
-from relevance_ray.evaluation.compare import as_results, compare_predictions, difference, random_predictions
+from relevance_ray.evaluation.ask import random_predictions
+from relevance_ray.evaluation.compare import compare_predictions, difference
+from relevance_ray.evaluation.evaluate import as_results
 from relevance_ray.evaluation.judged import JudgedPairs, flatten
 from relevance_ray.evaluation.measure import Predictions
 from relevance_ray.evaluation.options import Baseline

@@ -32,7 +32,7 @@ import torch
 from relevance_ray.data.prepare import read_judged, read_scale
 from relevance_ray.engines.base import ModelEngine
 from relevance_ray.engines.registry import load_pair_model
-from relevance_ray.evaluation.compare import predict
+from relevance_ray.evaluation.ask import predict
 from relevance_ray.evaluation.judged import JudgedPairs, flatten
 from relevance_ray.evaluation.scaling import scaling_markdown, scaling_report
 from relevance_ray.labeling.shard import Known, label_groups

@@ -30,7 +30,7 @@ import numpy as np
 from relevance_ray.config import Config, build_config
 from relevance_ray.data.prepare import read_judged, read_scale
 from relevance_ray.engines.registry import load_pair_model
-from relevance_ray.evaluation.compare import predict
+from relevance_ray.evaluation.ask import predict
 from relevance_ray.evaluation.judged import JudgedPairs, flatten
 from relevance_ray.evaluation.significance import percentile_interval, resample_counts
 from relevance_ray.metrics import ndcg

@@ -28,7 +28,7 @@ from relevance_ray.config import Config, build_config
 from relevance_ray.data.prepare import iter_products, read_judged, read_scale
 from relevance_ray.engines.ensemble import fit_stack, member_folders, stack_logits
 from relevance_ray.engines.registry import load_pair_model
-from relevance_ray.evaluation.compare import predict
+from relevance_ray.evaluation.ask import predict
 from relevance_ray.evaluation.judged import JudgedPairs, flatten
 from relevance_ray.evaluation.significance import percentile_interval, resample_counts
 from relevance_ray.metrics import ndcg, roc_auc

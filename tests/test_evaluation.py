@@ -15,9 +15,11 @@ from relevance_ray.data.source import DataOptions
 from relevance_ray.engines.base import SINGLE_LOGIT_GAINS, FolderModel
 from relevance_ray.engines.registry import load_pair_model
 from relevance_ray.errors import UserError
+from relevance_ray.evaluation.ask import predict
 from relevance_ray.evaluation.baselines import build_baselines
-from relevance_ray.evaluation.compare import compare_predictions, difference, evaluate_models, predict
-from relevance_ray.evaluation.judged import Judgments, flatten, of_split
+from relevance_ray.evaluation.compare import compare_predictions, difference
+from relevance_ray.evaluation.evaluate import as_results, evaluate_models
+from relevance_ray.evaluation.judged import JudgedPairs, Judgments, flatten, of_split
 from relevance_ray.evaluation.measure import Predictions, measure
 from relevance_ray.evaluation.options import EvaluateOptions
 from relevance_ray.evaluation.report import render_markdown, verdict, write_report
@@ -28,6 +30,7 @@ from relevance_ray.evaluation.significance import (
     randomization_test,
     resample_counts,
 )
+from relevance_ray.evaluation.slices import SliceContext, find_slices, slice_reports
 from relevance_ray.metrics import group_offsets
 from relevance_ray.model_folder import ModelInfo
 from relevance_ray.schema import JUDGED_GROUP, PRODUCT, SCALES, pair_id, product_fields
@@ -228,7 +231,7 @@ def test_a_pair_that_a_model_refuses_is_ranked_last_and_counted():
 
 
 def test_models_are_asked_in_blocks_of_whole_queries_and_each_pair_once(monkeypatch):
-    monkeypatch.setattr("relevance_ray.evaluation.compare.PAIRS_PER_CALL", 15)
+    monkeypatch.setattr("relevance_ray.evaluation.ask.PAIRS_PER_CALL", 15)
     pairs = flatten(judged_table(), ESCI)
     model, seen = TitleReader(), []
     predict(model, pairs, seen.append)
@@ -272,6 +275,89 @@ def test_the_report_says_what_the_interval_carries(tmp_path):
     stored = json.loads((tmp_path / "report.json").read_text())
     assert stored["about"] == {"teacher": "a title reader"}
     assert stored["splits"]["test"]["models"]["student"]["metrics"]["ndcg"]["value"] == 1.0
+
+
+def sliced_pairs():
+    """Three queries of three products: two long ones, one in the log."""
+    products = [
+        {
+            "title": "red lamp for the desk",
+            "brand": "Acme",
+            "category": "Home > Lamps",
+            "price": 10.0,
+            "description": "a",
+        },
+        {"title": "blue lamp for the floor", "brand": "acme ", "category": "Home", "price": 20.0, "description": ""},
+        {"title": "soft toy for children", "brand": "Echo", "category": "", "price": float("nan"), "description": None},
+    ]
+    queries = ["red lamp", "lamp for the desk", "toys for a small child"]
+    gains = np.tile([1.0, 0.1, 0.0], 3)
+    pairs = JudgedPairs(
+        offsets=np.array([0, 3, 6, 9]),
+        gains=gains,
+        classes=np.tile([3, 2, 0], 3),
+        relevant=gains == 1.0,
+        query_ids=["1", "2", "3"],
+        queries=list(np.repeat(queries, 3)),
+        product_ids=["a", "b", "c"] * 3,
+        products=products * 3,
+    )
+    log = pa.table({"query": ["Red  Lamp", "hat"], "frequency": [5, 1]})
+    return pairs, SliceContext(log, frozenset({"acme"}))
+
+
+def test_slices_are_cut_by_query_and_by_product():
+    found = {(s.dimension, s.name): np.flatnonzero(s.pairs).tolist() for s in find_slices(*sliced_pairs(), FAST.slices)}
+    assert found == {
+        ("frequency", "head"): [0, 1, 2],
+        ("frequency", "not in the log"): [3, 4, 5, 6, 7, 8],
+        ("length", "2 words"): [0, 1, 2],
+        ("length", "4 or 5 words"): [3, 4, 5, 6, 7, 8],
+        ("language", "en"): list(range(9)),
+        ("category", "Home"): [0, 1, 3, 4, 6, 7],
+        ("category", "no category"): [2, 5, 8],
+        ("brand", "judged in training"): [0, 1, 3, 4, 6, 7],
+        ("brand", "new to training"): [2, 5, 8],
+        ("price", "up to 10.00"): [0, 3, 6],
+        ("price", "10.00 to 20.00"): [1, 4, 7],
+        ("price", "no price"): [2, 5, 8],
+        ("missing", "no color"): list(range(9)),
+        ("missing", "no description"): [1, 2, 4, 5, 7, 8],
+    }
+    pairs, context = sliced_pairs()
+    assert [s.name for s in find_slices(pairs, context, ["missing"])][:3] == [
+        "no color",
+        "no category",
+        "no description",
+    ]
+
+
+def test_a_slice_is_measured_on_its_pairs_alone_and_the_worst_comes_first(monkeypatch):
+    monkeypatch.setattr("relevance_ray.evaluation.slices.MIN_QUERIES", 2)
+    pairs, context = sliced_pairs()
+    wrong_on_long = np.array([3.0, 2.0, 1.0] + [1.0, 2.0, 3.0] * 2)
+    predictions = {"student": Predictions(wrong_on_long), "teacher": Predictions(pairs.gains)}
+    slices = find_slices(pairs, context, ["length", "brand", "language"])
+    reports = slice_reports(pairs, predictions, slices, ESCI, FAST)
+    assert [(r["slice"], r["num_queries"], r["num_pairs"]) for r in reports] == [
+        ("4 or 5 words", 2, 6),
+        ("judged in training", 3, 6),
+        ("2 words", 1, 3),
+        ("new to training", 3, 3),
+        ("en", 3, 9),
+    ]
+    worst, brand, few, equal, whole = reports
+    assert worst["models"]["student"]["metrics"]["pairwise_accuracy"]["value"] == 0.0
+    assert brand["models"]["student"]["metrics"]["pairwise_accuracy"]["value"] == pytest.approx(1 / 3)
+    assert difference(worst, "pairwise_accuracy", "student", "teacher")["difference"] == -1.0
+    assert "models" not in few
+    assert equal["models"]["student"]["metrics"]["pairwise_accuracy"]["value"] is None  # one product a query
+    assert "models" not in whole
+    split = compare_predictions(pairs, predictions, ESCI, FAST) | {"slices": reports}
+    markdown = render_markdown(as_results({"test": split}, ESCI, FAST), title="t", about={})
+    assert "| length: 4 or 5 words | 2 | 6 | 0.000 [0.000, 0.000] |" in markdown
+    assert "Of too few queries to measure: length: 2 words (1)." in markdown
+    assert "All pairs fall into one slice: language: en." in markdown
 
 
 def test_the_verdict_claims_nothing_within_the_noise():

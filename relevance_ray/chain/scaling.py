@@ -17,7 +17,7 @@ from relevance_ray.chain.trainings import TrainingWork
 from relevance_ray.data.prepare import read_judged, read_scale
 from relevance_ray.engines.registry import load_pair_model
 from relevance_ray.errors import UserError
-from relevance_ray.evaluation.compare import predict
+from relevance_ray.evaluation.ask import predict
 from relevance_ray.evaluation.judged import JudgedPairs, flatten
 from relevance_ray.evaluation.scaling import scaling_markdown, scaling_plot, scaling_report
 from relevance_ray.metrics import ndcg

@@ -189,13 +189,15 @@ class StepWork:
             )
 
     def _evaluate(self, folder: str) -> dict[str, Any]:
-        from relevance_ray.data.prepare import read_judged, read_scale
+        from relevance_ray.data.prepare import read_judged, read_queries, read_scale
         from relevance_ray.engines.registry import load_pair_model
-        from relevance_ray.evaluation.compare import evaluate_models
+        from relevance_ray.evaluation.evaluate import evaluate_models
         from relevance_ray.evaluation.report import write_report
+        from relevance_ray.evaluation.slices import SliceContext
 
         models = {name: load_pair_model(path) for name, path in self.training.models().items()}
-        judged, scale = read_judged(self.tools.prepared()), read_scale(self.tools.prepared())
+        prepared = self.tools.prepared()
+        judged, scale = read_judged(prepared), read_scale(prepared)
         with self.tools.progress("evaluate", None, "pairs") as progress:
             results = evaluate_models(
                 judged,
@@ -204,6 +206,7 @@ class StepWork:
                 self.config.evaluate,
                 on_progress=progress.advance,
                 on_predictions=partial(write_table, join(folder, "predictions.parquet")),
+                context=SliceContext.of(read_queries(prepared), read_judged(prepared, "train")),
             )
         write_report(results, folder, title="Evaluation", about=self._about())
         return {

@@ -18,7 +18,7 @@ from relevance_ray.calibration import OrdinalCalibration
 from relevance_ray.engines.bi_encoder import build_bi_encoder_folder
 from relevance_ray.engines.bm25 import build_bm25_folder
 from relevance_ray.engines.registry import load_pair_model
-from relevance_ray.evaluation.compare import predict
+from relevance_ray.evaluation.ask import predict
 from relevance_ray.evaluation.judged import flatten
 from relevance_ray.evaluation.options import EvaluateOptions
 from relevance_ray.model_folder import read_model_info, write_model_info

@@ -10,6 +10,7 @@ from relevance_ray.options import STRICT, option
 from relevance_ray.training.options import HumanFitOptions
 
 Baseline = Literal["bm25", "cosine", "random"]
+Dimension = Literal["frequency", "length", "language", "category", "brand", "price", "missing"]
 MODEL_NAME = re.compile("[A-Za-z0-9_-]{1,40}")
 
 
@@ -33,6 +34,11 @@ class EvaluateOptions:
         "Further model folders beside the run's own, by the name that the report gives each: another student, say. One that "
         "has seen the judgments of a split is flattered there",
         operational=True,
+    )
+    slices: list[Dimension] = option(
+        list(get_args(Dimension)),
+        "What judgments are sliced by: the query's frequency in the log, its length, the language of its products; a "
+        "product's category, brand (judged in training or not), price and missing fields",
     )
     human_loss: Literal["margin_mse", "soft_bce"] = option(
         "soft_bce", "Loss of the same student on human labels alone: on the soft targets, or on their log-odds' margins"

@@ -11,6 +11,7 @@ from typing import Any
 
 from relevance_ray import storage
 from relevance_ray.evaluation.compare import difference
+from relevance_ray.evaluation.slices import SLICE_METRIC
 
 FEW_QUERIES = 50
 _NAMES = {
@@ -92,7 +93,7 @@ def render_markdown(
     if about:
         lines += ["## What was run", "", *(f"- **{key}**: {value}" for key, value in about.items()), ""]
     for name, split in reversed(list(results["splits"].items())):
-        lines += _split_section(name, split, results["metrics"], student)
+        lines += _split_section(name, split, results["metrics"], student, teacher)
     scale = results["scale"]
     gains = ", ".join(f"{grade} {gain:g}" for grade, gain in zip(scale["grades"], scale["gains"], strict=True))
     lines += [
@@ -106,6 +107,8 @@ def render_markdown(
         "everything tied.",
         "- Grades for F1, and probabilities, come from each model's calibration, which was fitted on dev: on dev itself "
         "they flatter.",
+        "- A slice cut by product (category, brand, price, missing fields) ranks each query's products of that slice alone. "
+        "Worst first is by the value, not by what its interval can tell: of many slices some look bad by chance.",
         f"- Intervals: 95%, {results['num_resamples']} paired bootstrap resamples of whole queries, "
         f"seed {results['seed']}. A difference in bold has an interval without 0; p is the randomization test's over "
         "queries, corrected for the comparisons of all models by that metric (Holm).",
@@ -114,7 +117,7 @@ def render_markdown(
     return "\n".join(lines)
 
 
-def _split_section(name: str, split: Mapping[str, Any], metrics: list[str], student: str) -> list[str]:
+def _split_section(name: str, split: Mapping[str, Any], metrics: list[str], student: str, teacher: str) -> list[str]:
     lines = [f"## {name}: {split['num_queries']:,} queries, {split['num_pairs']:,} pairs", ""]
     if split["num_queries_without_gain"]:
         lines += [f"{split['num_queries_without_gain']:,} queries have no product with any gain.", ""]
@@ -136,6 +139,35 @@ def _split_section(name: str, split: Mapping[str, Any], metrics: list[str], stud
             for metric in metrics
         ]
         lines += _table([f"{student} minus", *others], rows)
+    return lines + _slices_section(split, student, teacher)
+
+
+def _slices_section(split: Mapping[str, Any], student: str, teacher: str) -> list[str]:
+    """The slices as a table, the worst first; those that were not measured are named."""
+    slices = split.get("slices", [])
+    rows: list[list[str]] = []
+    small: list[str] = []
+    whole: list[str] = []
+    for part in slices:
+        name = f"{part['dimension']}: {part['slice']}"
+        if "models" not in part:
+            is_whole = part["num_pairs"] == split["num_pairs"]
+            (whole if is_whole else small).append(name if is_whole else f"{name} ({part['num_queries']})")
+            continue
+        own = part["models"].get(student, {"metrics": {}})["metrics"]
+        found = difference(part, SLICE_METRIC, student, teacher)
+        cells = [_interval(own.get(SLICE_METRIC)), _difference(found), _interval(own.get("ndcg"))]
+        rows.append([name, f"{part['num_queries']:,}", f"{part['num_pairs']:,}", *cells])
+    if not slices:
+        return []
+    title = metric_title(SLICE_METRIC)
+    lines = [f"### Slices, the worst for the {student} first", ""]
+    header = ["", "queries", "pairs", f"{student}, {title}", f"minus {teacher}", "nDCG"]
+    lines += _table(header, rows) if rows else []
+    if small:
+        lines += [f"Of too few queries to measure: {'; '.join(small)}.", ""]
+    if whole:
+        lines += [f"All pairs fall into one slice: {'; '.join(whole)}.", ""]
     return lines
 
 

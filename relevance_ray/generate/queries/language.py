@@ -91,6 +91,18 @@ def same_language(query: str, title: str, texts: Iterable[str]) -> bool:
     return language == other or sure < _SURE_OF_TITLE or also_sure < _SURE_OF_QUERY
 
 
+def language_of(text: str) -> str:
+    """The language that a text of several words (titles, say) is in, such as "en"; that of its script, such as "kana", where
+    it is not Latin; "" where neither can be told."""
+    there = scripts_of(text)
+    num_letters = sum(there.values())
+    home = [name for name, count in there.most_common() if name != "LATIN" and count >= _HOME_SHARE * num_letters]
+    if home:
+        return "kana" if "KANA" in there and "CJK" in home else home[0].lower()
+    language, sure = _classify(text) if num_letters else ("", 0.0)
+    return language if sure >= _SURE_OF_TITLE else ""
+
+
 def _classify(text: str) -> tuple[str, float]:
     language, probability = _identifier().classify(text.lower())
     return str(language), float(probability)
