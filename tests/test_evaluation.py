@@ -22,7 +22,9 @@ from relevance_ray.evaluation.evaluate import as_results, evaluate_models
 from relevance_ray.evaluation.judged import JudgedPairs, Judgments, flatten, of_split
 from relevance_ray.evaluation.measure import Predictions, measure
 from relevance_ray.evaluation.options import EvaluateOptions
-from relevance_ray.evaluation.report import render_markdown, verdict, write_report
+from relevance_ray.evaluation.report import write_report
+from relevance_ray.evaluation.report_markdown import render_markdown
+from relevance_ray.evaluation.report_text import verdict
 from relevance_ray.evaluation.significance import (
     holm,
     means_over_queries,
@@ -226,7 +228,7 @@ def test_a_pair_that_a_model_refuses_is_ranked_last_and_counted():
     assert len(models["refusing"]["errors"]) == 3
     markdown = render_markdown(results, title="t", about={})
     assert "Pairs that could not be scored, ranked last: refusing" in markdown
-    assert f"- refusing: {models['refusing']['errors'][0]}" in markdown
+    assert f"The first: refusing: {models['refusing']['errors'][0]}" in markdown
     assert "too good to be true" in markdown
 
 

@@ -11,6 +11,8 @@ from relevance_ray.engines.base import FolderModel
 from relevance_ray.errors import UserError
 from relevance_ray.evaluation.ask import predict, predictions_table, random_predictions
 from relevance_ray.evaluation.compare import compare_predictions
+from relevance_ray.evaluation.curves import curves
+from relevance_ray.evaluation.examples import won_and_lost
 from relevance_ray.evaluation.judged import flatten, of_split
 from relevance_ray.evaluation.measure import metric_names
 from relevance_ray.evaluation.options import EvaluateOptions
@@ -42,8 +44,9 @@ def evaluate_models(
 
     Returns:
         `{"scale", "metrics", "num_resamples", "seed", "splits": {split: see compare_predictions}}`, plain JSON values;
-        with a `context` each split has `slices` (`slices.slice_reports`, of the student and the teacher). A split
-        without judgments is left out.
+        each model also has what `curves.curves` gives, each split `examples` (`examples.won_and_lost`), and with a
+        `context` `slices` (`slices.slice_reports`, of the student and the teacher). A split without judgments is left
+        out.
 
     Raises:
         UserError: none of the splits holds a judgment, or a grade is not on the scale.
@@ -60,6 +63,9 @@ def evaluate_models(
             predictions["random"] = random_predictions(pairs.num_pairs)
         tables.append(predictions_table(split, pairs, predictions))
         splits[split] = compare_predictions(pairs, predictions, scale, options)
+        for name, found in predictions.items():
+            splits[split]["models"][name] |= curves(pairs, found)
+        splits[split]["examples"] = won_and_lost(pairs, predictions, scale)
         if context is not None:
             slices = find_slices(pairs, context, options.slices)
             compared = {name: predictions[name] for name in SLICED if name in predictions}

@@ -1,0 +1,118 @@
+"""The report as one HTML file that needs nothing else: no network, no script; read on a phone, in print, or forwarded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
+
+from relevance_ray.evaluation.compare import difference
+from relevance_ray.evaluation.report_text import (
+    measured_slices,
+    metric_title,
+    reading,
+    slice_notes,
+    split_notes,
+    verdicts,
+)
+from relevance_ray.evaluation.slices import SLICE_METRIC
+
+HEADLINE = ("ndcg", "ndcg@10", "mrr", "roc_auc", "calibration_error")
+"""The metrics that are shown at once; the others are unfolded."""
+Cell = dict[str, Any]
+
+
+def render_html(
+    results: Mapping[str, Any],
+    *,
+    title: str,
+    about: Mapping[str, str],
+    student: str = "student",
+    teacher: str = "teacher",
+) -> str:
+    """The report as a page."""
+    from jinja2 import Environment
+
+    template = resources.files("relevance_ray.evaluation").joinpath("report.html.j2").read_text(encoding="utf-8")
+    page = Environment(autoescape=True, trim_blocks=True).from_string(template)
+    splits = reversed(list(results["splits"].items()))
+    return page.render(
+        title=title,
+        about=about,
+        verdicts=verdicts(results, student, teacher),
+        splits=[_split(name, split, results["metrics"], student, teacher) for name, split in splits],
+        student=student,
+        teacher=teacher,
+        slice_title=metric_title(SLICE_METRIC),
+        reading=reading(results),
+    )
+
+
+def _split(name: str, split: Mapping[str, Any], metrics: list[str], student: str, teacher: str) -> dict[str, Any]:
+    from relevance_ray.evaluation.report_plots import interval_plot, pr_plot, reliability_plot
+
+    models = split["models"]
+    headline = [metric for metric in HEADLINE if metric in metrics]
+    others = [model for model in models if model != student] if student in models else []
+    return {
+        "name": name,
+        "num_queries": split["num_queries"],
+        "num_pairs": split["num_pairs"],
+        "notes": split_notes(split),
+        "headline": [metric_title(metric) for metric in headline],
+        "models": [
+            {
+                "name": model,
+                "headline": [_cell(found["metrics"].get(metric), "value", "{:.3f}") for metric in headline],
+                "rate": "" if found["pairs_per_second"] is None else f"{found['pairs_per_second']:,.0f}",
+            }
+            for model, found in models.items()
+        ],
+        "metrics": [
+            {
+                "name": metric_title(metric),
+                "cells": [_cell(found["metrics"].get(metric), "value", "{:.3f}") for found in models.values()],
+            }
+            for metric in metrics
+        ],
+        "differences": [
+            {"name": other, "cells": [_difference(split, metric, student, other) for metric in headline]}
+            for other in others
+        ],
+        "slices": [
+            {
+                "dimension": part["dimension"],
+                "name": part["slice"],
+                "queries": part["num_queries"],
+                "pairs": part["num_pairs"],
+                "own": _cell(
+                    part["models"].get(student, {"metrics": {}})["metrics"].get(SLICE_METRIC), "value", "{:.3f}"
+                ),
+                "difference": _difference(part, SLICE_METRIC, student, teacher),
+            }
+            for part in measured_slices(split)
+        ],
+        "slice_notes": slice_notes(split),
+        "examples": split.get("examples"),
+        "interval_plot": interval_plot(split, "ndcg", metric_title("ndcg")),
+        "pr_plot": pr_plot(split),
+        "reliability_plot": reliability_plot(split),
+    }
+
+
+def _difference(split: Mapping[str, Any], metric: str, model: str, other: str) -> Cell:
+    found = difference(split, metric, model, other)
+    cell = _cell(found, "difference", "{:+.3f}")
+    if found is not None and found["p_holm"] is not None:
+        cell["interval"] += " p < .001" if found["p_holm"] < 0.001 else f" p {found['p_holm']:.3f}"
+    return cell
+
+
+def _cell(found: Mapping[str, Any] | None, key: str, form: str) -> Cell:
+    """A value and its interval as text, and whether the interval is `sure` to leave out 0."""
+    if found is None or found[key] is None:
+        return {"value": "–", "interval": "", "sure": False}
+    if found["low"] is None or found["high"] is None:
+        return {"value": form.format(found[key]), "interval": "", "sure": False}
+    interval = f"{form} to {form}".format(found["low"], found["high"])
+    return {"value": form.format(found[key]), "interval": interval, "sure": found["low"] > 0 or found["high"] < 0}

@@ -1,0 +1,104 @@
+"""The report as Markdown, for terminals, pull requests and diffs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from relevance_ray.evaluation.compare import difference
+from relevance_ray.evaluation.report_text import (
+    measured_slices,
+    metric_title,
+    reading,
+    slice_notes,
+    split_notes,
+    verdicts,
+)
+from relevance_ray.evaluation.slices import SLICE_METRIC
+
+
+def render_markdown(
+    results: Mapping[str, Any],
+    *,
+    title: str,
+    about: Mapping[str, str],
+    student: str = "student",
+    teacher: str = "teacher",
+) -> str:
+    """The report as Markdown."""
+    lines = [f"# {title}", ""]
+    for sentence in verdicts(results, student, teacher):
+        lines += [sentence, ""]
+    if about:
+        lines += ["## What was run", "", *(f"- **{key}**: {value}" for key, value in about.items()), ""]
+    for name, split in reversed(list(results["splits"].items())):
+        lines += _split_section(name, split, results["metrics"], student, teacher)
+    lines += ["## How to read this", "", *(f"- {line}" for line in reading(results)), ""]
+    return "\n".join(lines)
+
+
+def _split_section(name: str, split: Mapping[str, Any], metrics: list[str], student: str, teacher: str) -> list[str]:
+    lines = [f"## {name}: {split['num_queries']:,} queries, {split['num_pairs']:,} pairs", ""]
+    for note in split_notes(split):
+        lines += [note, ""]
+    models = split["models"]
+    rows = [
+        [metric_title(metric), *(_interval(found["metrics"].get(metric)) for found in models.values())]
+        for metric in metrics
+    ]
+    rows.append(["pairs scored a second", *(_rate(found["pairs_per_second"]) for found in models.values())])
+    lines += _table(["", *models], rows)
+    others = [model for model in models if model != student]
+    if student in models and others:
+        rows = [
+            [metric_title(metric), *(_difference(difference(split, metric, student, other)) for other in others)]
+            for metric in metrics
+        ]
+        lines += _table([f"{student} minus", *others], rows)
+    return lines + _slices_section(split, student, teacher)
+
+
+def _slices_section(split: Mapping[str, Any], student: str, teacher: str) -> list[str]:
+    """The slices as a table, the worst first; those that were not measured are named."""
+    if not split.get("slices"):
+        return []
+    rows = []
+    for part in measured_slices(split):
+        own = part["models"].get(student, {"metrics": {}})["metrics"]
+        found = difference(part, SLICE_METRIC, student, teacher)
+        cells = [_interval(own.get(SLICE_METRIC)), _difference(found), _interval(own.get("ndcg"))]
+        rows.append(
+            [f"{part['dimension']}: {part['slice']}", f"{part['num_queries']:,}", f"{part['num_pairs']:,}", *cells]
+        )
+    lines = [f"### Slices, the worst for the {student} first", ""]
+    header = ["", "queries", "pairs", f"{student}, {metric_title(SLICE_METRIC)}", f"minus {teacher}", "nDCG"]
+    lines += _table(header, rows) if rows else []
+    for note in slice_notes(split):
+        lines += [note, ""]
+    return lines
+
+
+def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+    rule = ["---"] * len(header)
+    return [*("| " + " | ".join(row) + " |" for row in [header, rule, *rows]), ""]
+
+
+def _interval(found: Mapping[str, float | None] | None) -> str:
+    if found is None or found["value"] is None:
+        return "-"
+    if found["low"] is None or found["high"] is None:
+        return f"{found['value']:.3f}"
+    return f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+
+
+def _difference(found: Mapping[str, float | None] | None) -> str:
+    if found is None or found["difference"] is None or found["low"] is None or found["high"] is None:
+        return "-"
+    text = f"{found['difference']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
+    text = f"**{text}**" if found["low"] > 0 or found["high"] < 0 else text
+    p = found.get("p_holm")
+    return text if p is None else f"{text}, p {p:.3f}" if p >= 0.001 else f"{text}, p < .001"
+
+
+def _rate(pairs_per_second: float | None) -> str:
+    return "-" if pairs_per_second is None else f"{pairs_per_second:,.0f}"
