@@ -210,7 +210,7 @@ class StepWork:
             )
         write_report(results, folder, title="Evaluation", about=self._about())
         return {
-            "report": join(folder, "report.md"),
+            "report": join(folder, "report.html"),
             "splits": {
                 split: {name: model["metrics"] for name, model in found["models"].items()}
                 for split, found in results["splits"].items()
