@@ -48,6 +48,7 @@ from relevance_ray.evaluation.measure import Predictions
 from relevance_ray.evaluation.options import Baseline
 from relevance_ray.evaluation.report import write_report
 from relevance_ray.evaluation.report_text import metric_title
+from relevance_ray.evaluation.runs import read_predictions
 from relevance_ray.model_folder import read_model_info
 from relevance_ray.options import semantic
 from relevance_ray.quiet import quiet_libraries
@@ -104,7 +105,7 @@ def main() -> None:
         prepared = StepFolders(config).folder("prepare")
         scale = read_scale(prepared)
         judged.append(read_judged(prepared, "test"))
-        folds.append((flatten(judged[-1], scale), read_predictions(table)))
+        folds.append((flatten(judged[-1], scale), {name: read_predictions(table, name) for name in names_of(table)}))
         seconds += float(table.schema.metadata[b"seconds"])
 
     pairs, predictions = join_folds(folds, pa.concat_tables(judged), scale)
@@ -171,18 +172,6 @@ def names_of(table: pa.Table) -> list[str]:
     """The models of a fold's table, without random order, which has no scores."""
     names = [name.removesuffix(".logit") for name in table.column_names if name.endswith(".logit")]
     return [name for name in names if name != "random"]
-
-
-def read_predictions(table: pa.Table) -> dict[str, Predictions]:
-    """Model name -> predictions, out of a fold's table."""
-    return {
-        name: Predictions(
-            pc.fill_null(table[f"{name}.logit"], -np.inf).to_numpy(),
-            table[f"{name}.class"].to_numpy(),
-            table[f"{name}.probability"].to_numpy(),
-        )
-        for name in names_of(table)
-    }
 
 
 def join_folds(

@@ -176,6 +176,29 @@ def forecast(
     typer.echo(f"report: {path}")
 
 
+@app.command()
+def compare(
+    first: Annotated[str, typer.Argument(metavar="A", help="The root of an evaluated run, or an evaluate folder.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="Another.")],
+    model: Annotated[str, typer.Option(help="Of each run: student, teacher, or another of its report.")] = "student",
+    out: Annotated[str, typer.Option(metavar="FOLDER", help="Write report.html, .md and .json there, too.")] = "",
+) -> None:
+    """Put two runs side by side, on the pairs that both judged."""
+    from relevance_ray.evaluation.report import write_report
+    from relevance_ray.evaluation.report_markdown import render_markdown
+    from relevance_ray.evaluation.runs import compare_runs, names_of, read_run
+
+    runs = read_run(first), read_run(second)
+    results = compare_runs(*runs, model)
+    names = names_of(*runs)
+    title = f"{model} of {names[0]} beside {names[1]}"
+    about = {name: run.folder for name, run in zip(names, runs, strict=True)}
+    typer.echo(render_markdown(results, title=title, about=about, student=names[0], teacher=names[1]))
+    if out:
+        write_report(results, out, title=title, about=about, student=names[0], teacher=names[1])
+        typer.echo(f"report: {out}/report.html")
+
+
 @app.command("retry-failed")
 def retry_failed(root: Root) -> None:
     """Label again what failed at a root, and nothing else; run the configuration again to train on it."""

@@ -58,8 +58,8 @@ def random_predictions(num_pairs: int) -> Predictions:
 
 
 def predictions_table(split: str, pairs: JudgedPairs, predictions: Mapping[str, Predictions]) -> pa.Table:
-    """What every model said of every pair: `split`, `query_id`, `query`, `product_id`, `gain`, and for each model
-    `NAME.logit` (null where it could not score the pair), `NAME.class` and `NAME.probability` (null without
+    """What every model said of every pair: `split`, `query_id`, `query`, `product_id`, `gain`, `true_class`, and for each
+    model `NAME.logit` (null where it could not score the pair), `NAME.class` and `NAME.probability` (null without
     calibration)."""
     columns: dict[str, Any] = {
         "split": [split] * pairs.num_pairs,
@@ -67,6 +67,7 @@ def predictions_table(split: str, pairs: JudgedPairs, predictions: Mapping[str, 
         "query": pairs.queries,
         "product_id": pairs.product_ids,
         "gain": pairs.gains,
+        "true_class": pairs.classes,
     }
     for name, found in predictions.items():
         columns[f"{name}.logit"] = pa.array(found.logits, pa.float64(), mask=np.isneginf(found.logits))

@@ -61,7 +61,7 @@ def verdicts(results: Mapping[str, Any], student: str, teacher: str) -> list[str
 
 def split_notes(split: Mapping[str, Any]) -> list[str]:
     """What a split's figures leave out, or count as wrong."""
-    notes = []
+    notes = list(split.get("notes", []))
     for key, lacking in (("gain", "with any gain"), ("relevant", "that counts as relevant")):
         if count := split[f"num_queries_without_{key}"]:
             notes.append(f"{count:,} of {split['num_queries']:,} queries have no product {lacking}.")

@@ -1,0 +1,146 @@
+"""Two runs side by side: the predictions that their evaluations left, on the pairs that both judged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from relevance_ray.errors import UserError
+from relevance_ray.evaluation.compare import compare_predictions
+from relevance_ray.evaluation.curves import curves
+from relevance_ray.evaluation.evaluate import as_results
+from relevance_ray.evaluation.judged import Judgments
+from relevance_ray.evaluation.measure import Predictions
+from relevance_ray.evaluation.options import EvaluateOptions
+from relevance_ray.metrics import group_offsets
+from relevance_ray.schema import LabelScale
+from relevance_ray.storage import exists, join, read_json, read_table
+
+
+@dataclass(frozen=True)
+class EvaluatedRun:
+    """What an evaluation left.
+
+    Attributes:
+        name: of the run: the last part of its root.
+        folder: of the evaluation.
+        scale: of its grades.
+        table: `ask.predictions_table` of all its splits.
+    """
+
+    name: str
+    folder: str
+    scale: LabelScale
+    table: pa.Table
+
+
+def read_run(path: str) -> EvaluatedRun:
+    """The evaluation in a folder, or the latest one of a run's root; local or s3://.
+
+    Raises:
+        UserError: nothing was evaluated there, or by a version that kept too little.
+    """
+    folder = path.rstrip("/")
+    if not exists(join(folder, "report.json")):
+        latest = read_json(join(folder, "latest.json")) if exists(join(folder, "latest.json")) else {}
+        if "evaluate" not in latest:
+            raise UserError(
+                f"{path} holds no evaluation; give the root of a run that was evaluated, or its evaluate folder"
+            )
+        folder = latest["evaluate"]
+    table = read_table(join(folder, "predictions.parquet"))
+    if "true_class" not in table.column_names:
+        raise UserError(f"{folder} was evaluated by an earlier version, which kept too little; evaluate the run again")
+    scale = LabelScale.from_dict(read_json(join(folder, "report.json"))["scale"])
+    return EvaluatedRun(folder.split("/")[-2] if "/" in folder else folder, folder, scale, table)
+
+
+def compare_runs(
+    first: EvaluatedRun, second: EvaluatedRun, model: str = "student", options: EvaluateOptions | None = None
+) -> dict[str, Any]:
+    """One model of two runs, measured on the pairs that both judged.
+
+    Returns:
+        What `evaluate.evaluate_models` does, of the two runs' names; `notes` of a split say what only one of them judged.
+
+    Raises:
+        UserError: the model is not in both, other scales, no pair in common, or a pair that is graded differently.
+    """
+    options = options or EvaluateOptions()
+    for run in (first, second):
+        if f"{model}.logit" not in run.table.column_names:
+            known = [name.removesuffix(".logit") for name in run.table.column_names if name.endswith(".logit")]
+            raise UserError(f"{run.folder} measured no model {model}; name one of {', '.join(known)}")
+    if (first.scale.grades, first.scale.gains) != (second.scale.grades, second.scale.gains):
+        raise UserError(
+            f"{first.folder} and {second.folder} have other grades or gains; compare runs of the same judgments"
+        )
+    splits: dict[str, Any] = {}
+    for split in first.table["split"].unique().to_pylist():
+        tables = [run.table.filter(pc.equal(run.table["split"], split)) for run in (first, second)]
+        if (found := _compare(split, tables, first, second, model, options)) is not None:
+            splits[split] = found
+    if not splits:
+        raise UserError(
+            f"{first.folder} and {second.folder} judged no pair in the same split; compare runs of the same data"
+        )
+    return as_results(splits, first.scale, options)
+
+
+def names_of(first: EvaluatedRun, second: EvaluatedRun) -> tuple[str, str]:
+    """What the two are called beside each other."""
+    return (first.name, second.name if second.name != first.name else f"{second.name} (second)")
+
+
+def _compare(
+    split: str,
+    tables: list[pa.Table],
+    first: EvaluatedRun,
+    second: EvaluatedRun,
+    model: str,
+    options: EvaluateOptions,
+) -> dict[str, Any] | None:
+    keys = [list(zip(t["query_id"].to_pylist(), t["product_id"].to_pylist(), strict=True)) for t in tables]
+    place = {key: row for row, key in enumerate(keys[1])}
+    rows = [row for row, key in enumerate(keys[0]) if key in place]
+    if not rows:
+        return None
+    own, other = tables[0].take(rows), tables[1].take([place[keys[0][row]] for row in rows])
+    unlike = np.flatnonzero(own["gain"].to_numpy() != other["gain"].to_numpy())
+    if len(unlike):
+        query, product = own["query"][unlike[0]].as_py(), own["product_id"][unlike[0]].as_py()
+        raise UserError(
+            f"{split} query {query!r}, product {product!r} is graded differently in {first.folder} and {second.folder}; "
+            "compare runs of the same judgments"
+        )
+    classes = own["true_class"].to_numpy()
+    query_ids = own["query_id"].to_numpy(zero_copy_only=False)
+    starts = np.flatnonzero(np.concatenate([[True], query_ids[1:] != query_ids[:-1]]))
+    pairs = Judgments(
+        offsets=group_offsets(np.diff(np.append(starts, len(query_ids)))),
+        gains=own["gain"].to_numpy(),
+        classes=classes,
+        relevant=classes >= first.scale.relevant_index,
+    )
+    names = names_of(first, second)
+    predictions = {name: read_predictions(table, model) for name, table in zip(names, (own, other), strict=True)}
+    found = compare_predictions(pairs, predictions, first.scale, options)
+    for name, prediction in predictions.items():
+        found["models"][name] |= curves(pairs, prediction)
+    left_out = {name: len(each) - len(rows) for name, each in zip(names, keys, strict=True)}
+    found["notes"] = [
+        f"{count:,} pairs that only {name} judged are left out." for name, count in left_out.items() if count
+    ]
+    return found
+
+
+def read_predictions(table: pa.Table, model: str) -> Predictions:
+    """One model's columns of a `predictions_table`."""
+    columns: Mapping[str, pa.ChunkedArray] = {name: table[f"{model}.{name}"] for name in ("class", "probability")}
+    classes, probabilities = (None if column.null_count else column.to_numpy() for column in columns.values())
+    return Predictions(pc.fill_null(table[f"{model}.logit"], -np.inf).to_numpy(), classes, probabilities)

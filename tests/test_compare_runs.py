@@ -1,0 +1,63 @@
+"""Two evaluated runs beside each other, by the command that users give."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from test_evaluation import ESCI, FAST, TitleReader, judged_table
+from tiny_chain import cli
+
+from relevance_ray.evaluation.evaluate import evaluate_models
+from relevance_ray.evaluation.report import write_report
+from relevance_ray.storage import join, write_json, write_table
+
+
+def evaluated(root: Path, noise: float, num_queries: int = 60, *, seed: int = 0) -> Path:
+    """A run's root as far as its evaluation."""
+    folder = str(root / "evaluate-1")
+    keep = partial(write_table, join(folder, "predictions.parquet"))
+    models = {"student": TitleReader(noise=noise), "teacher": TitleReader()}
+    results = evaluate_models(judged_table(num_queries, seed=seed), models, ESCI, FAST, on_predictions=keep)
+    write_report(results, folder)
+    write_json(str(root / "latest.json"), {"evaluate": folder})
+    return root
+
+
+def test_two_runs_are_compared_on_what_both_judged(tmp_path: Path) -> None:
+    better, worse = evaluated(tmp_path / "better", 0.5), evaluated(tmp_path / "worse", 6.0, 50)
+    done = cli("compare", str(better), f"{worse}/evaluate-1", "--out", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    assert "The better passes the worse on test nDCG: +0." in done.stdout
+    table = pq.read_table(worse / "evaluate-1" / "predictions.parquet")
+    left_out = pq.read_table(better / "evaluate-1" / "predictions.parquet").num_rows - table.num_rows
+    assert f"{left_out:,} pairs that only better judged are left out." in done.stdout
+    stored = json.loads((tmp_path / "out" / "report.json").read_text())["splits"]["test"]
+    assert stored["num_queries"] == 50
+    own = json.loads((worse / "evaluate-1" / "report.json").read_text())["splits"]["test"]["models"]["student"]
+    assert stored["models"]["worse"]["metrics"]["ndcg"]["value"] == pytest.approx(own["metrics"]["ndcg"]["value"])
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_another_model_and_equal_names_can_be_told_apart(tmp_path: Path) -> None:
+    first, second = evaluated(tmp_path / "a" / "run", 1.0), evaluated(tmp_path / "b" / "run", 1.0)
+    done = cli("compare", str(first), str(second), "--model", "teacher")
+    assert done.returncode == 0, done.stderr
+    assert "teacher of run beside run (second)" in done.stdout
+    assert "cannot be told" in done.stdout
+
+
+def test_what_cannot_be_compared_is_one_sentence(tmp_path: Path) -> None:
+    run, other = evaluated(tmp_path / "run", 1.0), evaluated(tmp_path / "other", 1.0, seed=1)
+    (tmp_path / "empty").mkdir()
+    for arguments, said in (
+        ((tmp_path / "empty", run), "holds no evaluation; give the root of a run that was evaluated"),
+        ((run, run, "--model", "bm25"), "measured no model bm25; name one of student, teacher"),
+        ((run, other), "is graded differently in"),
+    ):
+        done = cli("compare", *map(str, arguments))
+        assert done.returncode == 2
+        assert said in done.stderr
