@@ -146,6 +146,7 @@ class Chain:
         files = {
             **{f"generate.{key}": path for key, path in config.generate.files.items()},
             "label.path": config.label.path,
+            **{f"evaluate.scores.{name}": path for name, path in config.evaluate.scores.items()},
         }
         for key, path in files.items():
             if path and key.split(".")[0] in steps and not exists(path):

@@ -94,9 +94,10 @@ class StepFolders:
             return [self.key("label"), self.key("generate"), config.label.compact_mb]
         if step == "embed":
             return [self.key("prepare"), self.key("train-student")]
-        given = content_id(config.label.model) if config.label.model else ""
-        teacher = self.key("train-teacher") if self.trains_teacher else given
-        others = [[name, content_id(path)] for name, path in config.evaluate.models.items()]
+        labeler = content_id(config.label.model) if config.label.model else ""
+        teacher = self.key("train-teacher") if self.trains_teacher else labeler
+        given = config.evaluate.models | config.evaluate.scores
+        others = [[name, content_id(path)] for name, path in given.items()]
         return [self.key("prepare"), self.key("train-student"), teacher, others, semantic(config.evaluate)]
 
     def judged_key(self) -> str:

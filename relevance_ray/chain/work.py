@@ -191,17 +191,22 @@ class StepWork:
     def _evaluate(self, folder: str) -> dict[str, Any]:
         from relevance_ray.data.prepare import read_judged, read_queries, read_scale
         from relevance_ray.engines.registry import load_pair_model
+        from relevance_ray.evaluation.ask import Asked
         from relevance_ray.evaluation.evaluate import evaluate_models
+        from relevance_ray.evaluation.given_scores import GivenScores
         from relevance_ray.evaluation.report import write_report
         from relevance_ray.evaluation.slices import SliceContext
 
-        models = {name: load_pair_model(path) for name, path in self.training.models().items()}
         prepared = self.tools.prepared()
         judged, scale = read_judged(prepared), read_scale(prepared)
+        # First what the user may have to mend: students may be trained for the models.
+        dev = read_judged(prepared, "dev")
+        scores = {name: GivenScores(path, scale, dev) for name, path in self.config.evaluate.scores.items()}
+        models: dict[str, Asked] = {name: load_pair_model(path) for name, path in self.training.models().items()}
         with self.tools.progress("evaluate", None, "pairs") as progress:
             results = evaluate_models(
                 judged,
-                models,
+                {**models, **scores},
                 scale,
                 self.config.evaluate,
                 on_progress=progress.advance,

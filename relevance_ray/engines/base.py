@@ -14,8 +14,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from relevance_ray.calibration import logit_of_classes
+from relevance_ray.calibration import OrdinalCalibration, logit_of_classes
 from relevance_ray.model_folder import ModelInfo
+from relevance_ray.schema import LabelScale
 from relevance_ray.templates import TEXT_FIELDS, attribute_pairs
 
 SINGLE_LOGIT_GAINS = (0.0, 1.0)
@@ -89,6 +90,14 @@ class FolderModel(ABC):
 
     info: ModelInfo
     gains: tuple[float, ...]
+
+    @property
+    def scale(self) -> LabelScale:
+        return self.info.scale
+
+    @property
+    def calibration(self) -> OrdinalCalibration | None:
+        return self.info.calibration
 
     @property
     def num_tokens(self) -> int:

@@ -7,22 +7,44 @@ leaving it out would reward a model for refusing what is hard.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 
-from relevance_ray.calibration import logit_of_classes
-from relevance_ray.engines.base import FolderModel
+from relevance_ray.calibration import OrdinalCalibration, logit_of_classes
+from relevance_ray.engines.base import Labels
 from relevance_ray.evaluation.judged import JudgedPairs
 from relevance_ray.evaluation.measure import Predictions
+from relevance_ray.schema import LabelScale
 
 PAIRS_PER_CALL = 2048
 ERROR_EXAMPLES = 3
 
 
-def predict(model: FolderModel, pairs: JudgedPairs, on_progress: Callable[[int], object] | None = None) -> Predictions:
+class Asked(Protocol):
+    """What can be asked about pairs: a model, or a file of scores.
+
+    Attributes:
+        gains: of its K class logits.
+        scale: what its calibration's grades mean.
+        calibration: logit to class probabilities, if it has one.
+    """
+
+    @property
+    def gains(self) -> tuple[float, ...]: ...
+
+    @property
+    def scale(self) -> LabelScale: ...
+
+    @property
+    def calibration(self) -> OrdinalCalibration | None: ...
+
+    def label_rows(self, queries: Sequence[str], products: Sequence[Mapping[str, Any]]) -> Labels: ...
+
+
+def predict(model: Asked, pairs: JudgedPairs, on_progress: Callable[[int], object] | None = None) -> Predictions:
     """Ask a model about all judged pairs, in blocks of whole queries; `on_progress` hears of each block's pairs."""
     logits = np.full(pairs.num_pairs, -np.inf)
     errors: list[str] = []
@@ -43,12 +65,12 @@ def predict(model: FolderModel, pairs: JudgedPairs, on_progress: Callable[[int],
             on_progress(stop - start)
         start = stop
     seconds = time.perf_counter() - started
-    calibration, classes, probabilities = model.info.calibration, None, None
+    calibration, classes, probabilities = model.calibration, None, None
     if calibration is not None:
         scored = np.isfinite(logits)
         known = np.where(scored, logits, 0.0)
         classes = np.where(scored, calibration.grade_index(known), 0)
-        probabilities = np.where(scored, calibration.probability(known, model.info.scale.relevant_index), 0.0)
+        probabilities = np.where(scored, calibration.probability(known, model.scale.relevant_index), 0.0)
     return Predictions(logits, classes, probabilities, seconds, tuple(errors[:ERROR_EXAMPLES]))
 
 

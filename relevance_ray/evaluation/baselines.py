@@ -18,7 +18,7 @@ from relevance_ray.calibration import OrdinalCalibration
 from relevance_ray.engines.bi_encoder import build_bi_encoder_folder
 from relevance_ray.engines.bm25 import build_bm25_folder
 from relevance_ray.engines.registry import load_pair_model
-from relevance_ray.evaluation.ask import predict
+from relevance_ray.evaluation.ask import Asked, predict
 from relevance_ray.evaluation.judged import flatten
 from relevance_ray.evaluation.options import EvaluateOptions
 from relevance_ray.model_folder import read_model_info, write_model_info
@@ -68,11 +68,15 @@ def build_baselines(
 
 
 def calibrate_folder(folder: Path, dev: pa.Table, scale: LabelScale) -> None:
-    """Fit a model folder's calibration on judged groups, without smoothing, and write it into its `relevance.json`."""
-    pairs = flatten(dev, scale)
-    logits = predict(load_pair_model(folder), pairs).logits
+    """Fit a model folder's calibration on judged groups and write it into its `relevance.json`."""
+    calibration = fit_calibration(load_pair_model(folder), dev, scale)
+    write_model_info(folder, replace(read_model_info(folder), calibration=calibration))
+
+
+def fit_calibration(model: Asked, dev: pa.Table, scale: LabelScale) -> OrdinalCalibration | None:
+    """A calibration of what a model says of judged groups, without smoothing; None where it can score none of them."""
+    logits = predict(model, flatten(dev, scale)).logits
     judged = [product for row in dev["products"].to_pylist() for product in row]
     distributions = np.array([scale.distribution(item["grade"], item["rater_grades"], 0.0) for item in judged])
     scored = np.isfinite(logits)
-    calibration = OrdinalCalibration.fit(logits[scored], distributions[scored])
-    write_model_info(folder, replace(read_model_info(folder), calibration=calibration))
+    return OrdinalCalibration.fit(logits[scored], distributions[scored]) if scored.any() else None

@@ -7,9 +7,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from relevance_ray.engines.base import FolderModel
 from relevance_ray.errors import UserError
-from relevance_ray.evaluation.ask import predict, predictions_table, random_predictions
+from relevance_ray.evaluation.ask import Asked, predict, predictions_table, random_predictions
 from relevance_ray.evaluation.compare import compare_predictions
 from relevance_ray.evaluation.curves import curves
 from relevance_ray.evaluation.examples import won_and_lost
@@ -25,7 +24,7 @@ SLICED = ("student", "teacher")
 
 def evaluate_models(
     judged: pa.Table,
-    models: Mapping[str, FolderModel],
+    models: Mapping[str, Asked],
     scale: LabelScale,
     options: EvaluateOptions | None = None,
     on_progress: Callable[[int], object] | None = None,

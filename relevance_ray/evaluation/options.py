@@ -35,6 +35,12 @@ class EvaluateOptions:
         "has seen the judgments of a split is flattered there",
         operational=True,
     )
+    scores: dict[str, str] = option(
+        {},
+        "Files of scores from elsewhere (the shop's own ranker) beside the models, by the name that the report gives each: "
+        "Parquet, CSV or JSON lines with columns query, product_id and logit (any number, higher is better) or grade",
+        operational=True,
+    )
     slices: list[Dimension] = option(
         list(get_args(Dimension)),
         "What judgments are sliced by: the query's frequency in the log, its length, the language of its products; a "
@@ -50,11 +56,14 @@ class EvaluateOptions:
             raise ValueError(f"splits {self.splits} must name some of train, dev, test")
         if any(k < 1 for k in self.ks):
             raise ValueError(f"ks {self.ks} must be cutoffs of at least 1")
-        for name in self.models:
-            if name in ("student", "teacher", "human_only", *get_args(Baseline)) or not MODEL_NAME.fullmatch(name):
-                raise ValueError(
-                    f"models.{name} must be named otherwise: by letters, digits, _ and -, and not as the report's own models"
-                )
+        taken = {"student", "teacher", "human_only", *get_args(Baseline)}
+        for key, names in (("models", self.models), ("scores", self.scores)):
+            for name in names:
+                if name in taken or not MODEL_NAME.fullmatch(name):
+                    raise ValueError(
+                        f"{key}.{name} must be named otherwise: by letters, digits, _ and -, and as no other of the report"
+                    )
+                taken.add(name)
         if self.human_fit.sharded:
             raise ValueError("human_fit.sharded is for teachers; a student fits every worker")
         if not all(0 < precision <= 1 for precision in self.precisions):

@@ -1,0 +1,45 @@
+"""Scores from elsewhere beside the models: the shop's own ranker, an LLM that was asked once, another team's model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from relevance_ray.calibration import OrdinalCalibration
+from relevance_ray.engines.base import Labels, Pair
+from relevance_ray.engines.file import FileEngine
+from relevance_ray.evaluation.baselines import fit_calibration
+from relevance_ray.schema import LabelScale, pair_id
+
+
+class GivenScores:
+    """A file of scores, asked as a model is, and calibrated on the dev judgments as the baselines are.
+
+    Args:
+        path: Parquet, CSV or JSON lines with columns query, product_id, and `logit` (any number, higher is better) or
+            `grade`. A pair that it lacks could not be scored: it is ranked last, and counted.
+        scale: of the judgments.
+        dev: JUDGED_GROUP rows to calibrate on; with none there are no grades and no probabilities.
+
+    Raises:
+        UserError: what `FileEngine` refuses: no such column, an empty cell, NaN, two different scores of one pair.
+    """
+
+    def __init__(self, path: str | Path, scale: LabelScale, dev: pa.Table) -> None:
+        self._engine = FileEngine(path, scale, label_smoothing=0.0)
+        self.gains, self.scale = self._engine.gains, scale
+        self.calibration: OrdinalCalibration | None = None
+        self.calibration = fit_calibration(self, dev, scale) if dev.num_rows else None
+
+    def label_rows(self, queries: Sequence[str], products: Sequence[Mapping[str, Any]]) -> Labels:
+        """Labels of n pairs; one that the file does not hold is an error of its row."""
+        ids = [str(product["product_id"]) for product in products]
+        return self._engine.label(
+            [
+                Pair(pair_id(query, product_id), query, product_id, product)
+                for query, product_id, product in zip(queries, ids, products, strict=True)
+            ]
+        )
