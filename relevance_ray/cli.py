@@ -137,6 +137,7 @@ def plan(
 def diversity(config: ConfigPath, set_: Overrides = None) -> None:
     """How diverse the generated pairs are, and where they drift from the query log. Runs the steps it needs first."""
     from relevance_ray.chain.diversity import report_diversity
+    from relevance_ray.chain.report import refresh_run_report
     from relevance_ray.generate.diversity.report import warning_lines
     from relevance_ray.progress import Progress
     from relevance_ray.steps import Chain
@@ -145,6 +146,7 @@ def diversity(config: ConfigPath, set_: Overrides = None) -> None:
     chain.run("generate")
     with Progress("diversity", unit="pairs") as progress:
         report, path = report_diversity(chain.at, progress)
+    refresh_run_report(chain.at)
     for line in warning_lines(report):
         typer.echo(line)
     typer.echo(f"\nreport: {path}")

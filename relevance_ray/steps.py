@@ -104,12 +104,15 @@ class Chain:
 
     def measure_scaling(self, seeds: int = 1, num_sizes: int = 5) -> tuple[dict[str, Any], str]:
         """The scaling curve of the labels that are there (`chain.scaling.measure_scaling`)."""
+        from relevance_ray.chain.report import refresh_run_report
         from relevance_ray.chain.scaling import measure_scaling
 
         if not self.at.is_done("prepare") or not self.at.is_done("generate") or not self.at.is_done("label"):
             raise UserError(f"labeling at {self.at.root} is not finished yet; run the configuration first")
         with self._at_work() as work:
-            return measure_scaling(work.training, seeds=seeds, num_sizes=num_sizes)
+            found = measure_scaling(work.training, seeds=seeds, num_sizes=num_sizes)
+            refresh_run_report(self.at)
+        return found
 
     @contextlib.contextmanager
     def _at_work(self) -> Iterator[StepWork]:

@@ -88,10 +88,15 @@ def test_a_finished_chain_is_skipped_and_growth_does_only_what_is_new(tmp_path: 
     assert [row["pairs"] for row in curve["sizes"]] == [200, 400, 800]
     assert curve["baselines"].keys() == {"teacher", "human_only", "bm25"}
     assert "Scaling curve" in Path(path).read_text()
+    assert "How many pairs it takes" not in (Path(latest["evaluate"]) / "report.html").read_text(), (
+        "no student, no report"
+    )
     said.clear()
     # The run's own student takes the place of the curve's largest, and is the same.
     assert Chain(build_config(values(tmp_path, encoder)), said.append).measure_scaling(num_sizes=3)[0] == curve
     assert not said, "all students were there"
+    assert "How many pairs it takes" in (Path(latest["evaluate"]) / "report.html").read_text()
+    assert json.loads((Path(latest["evaluate"]) / "report.json").read_text())["scaling"]["sizes"] == curve["sizes"]
 
     said.clear()
     again = Chain(build_config(values(tmp_path, encoder)), said.append).run()

@@ -20,6 +20,7 @@ from relevance_ray.evaluation.judged import JudgedPairs
 from relevance_ray.evaluation.measure import Predictions
 from relevance_ray.evaluation.options import EvaluateOptions
 from relevance_ray.evaluation.report_html import render_html
+from relevance_ray.evaluation.scaling import scaling_report
 from relevance_ray.evaluation.slices import SliceContext, find_slices, slice_reports
 from relevance_ray.metrics import group_offsets
 from relevance_ray.schema import SCALES
@@ -70,26 +71,41 @@ def results() -> dict[str, Any]:
     split["slices"] = slice_reports(
         pairs, {name: predictions[name] for name in ("student", "teacher")}, slices, ESCI, FAST
     )
-    return as_results({"test": split}, ESCI, FAST)
+    values = {size: np.linspace(0.4, 0.8 + level, 40) for level, size in enumerate((100, 200, 400))}
+    scaling = scaling_report({size: values[size][None] / 3 for size in values}, {"teacher": np.full(40, 0.5)})
+    diversity = {"groups": 50, "pairs": 400, "lines": ["warning: queries are longer than the log's"]}
+    return {**as_results({"test": split}, ESCI, FAST), "scaling": scaling, "diversity": diversity}
 
 
 @pytest.fixture(scope="module")
 def page(results: dict[str, Any]) -> str:
-    return render_html(results, title="A market", about={"teacher": "noise"})
+    return render_html(results, title="A market", about={"teacher": "noise"}, pictures={"Lengths": b"a picture"})
 
 
 def test_the_page_holds_all_it_shows_and_runs_nothing(page: str) -> None:
-    assert not re.search(r"<(script|link|iframe|img)\b", page)
+    assert not re.search(r"<(script|link|iframe)\b", page)
     loaded = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"')\s>]+)""", page)
-    assert all(reference.startswith("#") for reference in loaded), loaded  # parts of its own drawings
-    assert page.count("<svg") == 3
+    assert all(reference.startswith(("#", "data:")) for reference in loaded), (
+        loaded
+    )  # its own drawings, and their parts
+    assert page.count("<svg") == 4
 
 
 def test_the_page_shows_what_a_report_is_for(page: str, results: dict[str, Any]) -> None:
     assert "The student passes the teacher on test nDCG" in page
     value = results["splits"]["test"]["models"]["teacher"]["metrics"]["ndcg"]["value"]
     assert f"<td>{value:.3f}<br>" in page
-    for part in ("What was run", "All metrics", "Kendall&#39;s tau", "Slices, the worst", "Won:", "How to read this"):
+    for part in (
+        "What was run",
+        "All metrics",
+        "Kendall&#39;s tau",
+        "Slices, the worst",
+        "Won:",
+        "How many pairs it takes",
+        "400 pairs",
+        "queries are longer",
+        "How to read this",
+    ):
         assert part in page
     assert SNIPPET not in page
 

@@ -189,12 +189,12 @@ class StepWork:
             )
 
     def _evaluate(self, folder: str) -> dict[str, Any]:
+        from relevance_ray.chain.report import write_run_report
         from relevance_ray.data.prepare import read_judged, read_queries, read_scale
         from relevance_ray.engines.registry import load_pair_model
         from relevance_ray.evaluation.ask import Asked
         from relevance_ray.evaluation.evaluate import evaluate_models
         from relevance_ray.evaluation.given_scores import GivenScores
-        from relevance_ray.evaluation.report import write_report
         from relevance_ray.evaluation.slices import SliceContext
 
         prepared = self.tools.prepared()
@@ -213,9 +213,8 @@ class StepWork:
                 on_predictions=partial(write_table, join(folder, "predictions.parquet")),
                 context=SliceContext.of(read_queries(prepared), read_judged(prepared, "train")),
             )
-        write_report(results, folder, title="Evaluation", about=self._about())
         return {
-            "report": join(folder, "report.html"),
+            "report": write_run_report(self.at, results, self._about()),
             "splits": {
                 split: {name: model["metrics"] for name, model in found["models"].items()}
                 for split, found in results["splits"].items()

@@ -19,16 +19,21 @@ def write_report(
     about: Mapping[str, str] | None = None,
     student: str = "student",
     teacher: str = "teacher",
+    pictures: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write `report.json`, `report.md` and `report.html` into a folder (local or s3://), each whole or not at all.
 
     Args:
-        results: what `compare.evaluate_models` returns.
+        results: what `evaluate.evaluate_models` returns; with `scaling` (`scaling.scaling_report`) and `diversity`
+            ("groups", "pairs", "lines" of text) where these were measured.
         about: what was run, shown as a list ("teacher": "classifier from minilm, ..."); also kept in the JSON.
         student: the model that the others are compared with.
         teacher: the model that the verdict is about, where it was measured.
+        pictures: of the pairs' diversity, title -> PNG, for the page.
     """
     storage.write_json(storage.join(out_dir, "report.json"), {"title": title, "about": dict(about or {}), **results})
-    for name, render in (("report.md", render_markdown), ("report.html", render_html)):
-        text = render(results, title=title, about=about or {}, student=student, teacher=teacher)
+    words = {"title": title, "student": student, "teacher": teacher}
+    markdown = render_markdown(results, about=about or {}, **words)
+    page = render_html(results, about=about or {}, pictures=pictures or {}, **words)
+    for name, text in (("report.md", markdown), ("report.html", page)):
         storage.write_bytes(storage.join(out_dir, name), text.encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping
 from importlib import resources
 from typing import Any
@@ -15,6 +16,7 @@ from relevance_ray.evaluation.report_text import (
     split_notes,
     verdicts,
 )
+from relevance_ray.evaluation.scaling import sentence_of
 from relevance_ray.evaluation.slices import SLICE_METRIC
 
 HEADLINE = ("ndcg", "ndcg@10", "mrr", "roc_auc", "calibration_error")
@@ -29,8 +31,9 @@ def render_html(
     about: Mapping[str, str],
     student: str = "student",
     teacher: str = "teacher",
+    pictures: Mapping[str, bytes] | None = None,
 ) -> str:
-    """The report as a page."""
+    """The report as a page; the arguments are those of `report.write_report`."""
     from jinja2 import Environment
 
     template = resources.files("relevance_ray.evaluation").joinpath("report.html.j2").read_text(encoding="utf-8")
@@ -44,6 +47,9 @@ def render_html(
         student=student,
         teacher=teacher,
         slice_title=metric_title(SLICE_METRIC),
+        scaling=_scaling(results.get("scaling")),
+        diversity=results.get("diversity"),
+        pictures={name: base64.b64encode(png).decode("ascii") for name, png in (pictures or {}).items()},
         reading=reading(results),
     )
 
@@ -98,6 +104,26 @@ def _split(name: str, split: Mapping[str, Any], metrics: list[str], student: str
         "pr_plot": pr_plot(split),
         "reliability_plot": reliability_plot(split),
     }
+
+
+def _scaling(report: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    from relevance_ray.evaluation.report_plots import scaling_svg
+
+    if report is None:
+        return None
+    rows = [
+        {
+            "name": f"{row['pairs']:,} pairs",
+            "value": f"{row['ndcg']:.4f}",
+            "interval": "{:.4f} to {:.4f}".format(*row["interval"]),
+            "difference": _cell(
+                {**row["to_teacher"], "difference": row["to_teacher"]["value"]}, "difference", "{:+.4f}"
+            ),
+        }
+        for row in report["sizes"]
+    ]
+    sentence = sentence_of(report["forecast"]) if report["forecast"] else ""
+    return {"plot": scaling_svg(report), "rows": rows, "sentence": sentence}
 
 
 def _difference(split: Mapping[str, Any], metric: str, model: str, other: str) -> Cell:

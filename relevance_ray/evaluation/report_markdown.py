@@ -14,6 +14,7 @@ from relevance_ray.evaluation.report_text import (
     split_notes,
     verdicts,
 )
+from relevance_ray.evaluation.scaling import scaling_markdown
 from relevance_ray.evaluation.slices import SLICE_METRIC
 
 
@@ -33,6 +34,11 @@ def render_markdown(
         lines += ["## What was run", "", *(f"- **{key}**: {value}" for key, value in about.items()), ""]
     for name, split in reversed(list(results["splits"].items())):
         lines += _split_section(name, split, results["metrics"], student, teacher)
+    if results.get("scaling"):
+        lines += ["## How many pairs it takes", "", scaling_markdown(results["scaling"])]
+    if found := results.get("diversity"):
+        lines += ["## The generated pairs", "", f"{found['groups']:,} queries, {found['pairs']:,} pairs.", ""]
+        lines += [*(f"- {line}" for line in found["lines"]), ""]
     lines += ["## How to read this", "", *(f"- {line}" for line in reading(results)), ""]
     return "\n".join(lines)
 

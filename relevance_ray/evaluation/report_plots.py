@@ -11,6 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from relevance_ray.evaluation.scaling import draw_scaling
+
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555")
 """Okabe and Ito's palette, told apart by the colour-blind too; the models take them in the order of the report."""
 _STYLE = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "svg.hashsalt": "relevance_ray"}
@@ -64,6 +66,12 @@ def reliability_plot(split: Mapping[str, Any]) -> str:
         axes.set_ylabel("share that is relevant")
         axes.legend(fontsize=8)
         return _svg(figure)
+
+
+def scaling_svg(report: Mapping[str, Any]) -> str:
+    """The scaling curve."""
+    with mpl.rc_context(_STYLE):
+        return _svg(draw_scaling(report))
 
 
 def _color(split: Mapping[str, Any], model: str) -> str:

@@ -12,11 +12,14 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from relevance_ray.evaluation.significance import percentile_interval, resample_counts
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 NUM_RESAMPLES = 1000
 REACH = 16
@@ -184,12 +187,19 @@ def scaling_markdown(report: Mapping[str, Any]) -> str:
         low, high = law["ceiling_interval"]
         formula = f"nDCG = {law['ceiling']:.4f} - {law['scale']:.4g} * pairs^-{law['exponent']:.3f}"
         fitted = f"Fitted law: {formula} (ceiling {low:.4f} to {high:.4f})." if law["scale"] else _FLAT
-        lines += ["", f"{fitted} {_sentence(report['forecast'])}"]
+        lines += ["", f"{fitted} {sentence_of(report['forecast'])}"]
     return "\n".join(lines) + "\n"
 
 
 def scaling_plot(report: Mapping[str, Any]) -> bytes:
-    """A PNG: nDCG over the number of pairs, the fitted law, and the models that no number of pairs changes."""
+    """A PNG of `draw_scaling`."""
+    buffer = io.BytesIO()
+    draw_scaling(report).savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()
+
+
+def draw_scaling(report: Mapping[str, Any]) -> Figure:
+    """nDCG over the number of pairs, the fitted law, and the models that no number of pairs changes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -212,12 +222,11 @@ def scaling_plot(report: Mapping[str, Any]) -> bytes:
     axes.set_xlabel("labeled pairs")
     axes.set_ylabel("nDCG")
     axes.legend(fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    return buffer.getvalue()
+    return figure
 
 
-def _sentence(forecast: Mapping[str, Any]) -> str:
+def sentence_of(forecast: Mapping[str, Any]) -> str:
+    """The forecast in words."""
     text = str(forecast["sentence"])
     return text[0].upper() + text[1:] + "."
 

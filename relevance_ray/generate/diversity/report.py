@@ -15,13 +15,14 @@ from relevance_ray.generate.diversity.query_figures import SHOWN_VIEWS
 from relevance_ray.generate.diversity.query_text import TYPES
 from relevance_ray.schema import LabelScale
 
-_PLOTS = {
+PICTURES = {
     "lengths.png": "Query length against the log",
     "types.png": "Types of queries against the log",
     "categories.png": "Categories of the candidates and of the catalog",
     "origins.png": "Where candidates come from",
     "grades.png": "The teacher's grades",
 }
+"""The report's pictures, file name -> title."""
 
 
 def write_diversity(report: Mapping[str, Any], out_dir: str, *, about: Mapping[str, str] | None = None) -> str:
@@ -35,7 +36,7 @@ def write_diversity(report: Mapping[str, Any], out_dir: str, *, about: Mapping[s
 
     drawn = plots(report)
     storage.write_json(storage.join(out_dir, "diversity.json"), {"about": dict(about or {}), **report})
-    for name in _PLOTS:
+    for name in PICTURES:
         if name in drawn:
             storage.write_bytes(storage.join(out_dir, name), drawn[name])
         else:
@@ -239,7 +240,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def _shown(pictures: Sequence[str], *names: str) -> list[str]:
-    return [line for name in names if name in pictures for line in (f"![{_PLOTS[name]}]({name})", "")]
+    return [line for name in names if name in pictures for line in (f"![{PICTURES[name]}]({name})", "")]
 
 
 def twenty_groups(tables: Iterable[pa.Table], n: int = 20, seed: int = 0, scale: LabelScale | None = None) -> str:
