@@ -186,7 +186,9 @@ def join_folds(
         classes = [part.classes for part in parts if part.classes is not None]
         probabilities = [part.probabilities for part in parts if part.probabilities is not None]
         joined[name] = Predictions(
-            np.concatenate([part.logits for part in parts]), np.concatenate(classes), np.concatenate(probabilities)
+            np.concatenate([part.logits for part in parts]),
+            np.concatenate(classes) if len(classes) == len(parts) else None,
+            np.concatenate(probabilities) if len(probabilities) == len(parts) else None,
         )
     return pairs, joined | {"random": random_predictions(pairs.num_pairs)}
 

@@ -74,8 +74,11 @@ class Ranking:
 
     def _by_query(self, values: np.ndarray) -> np.ndarray:
         """Sums [q] over each query of values [n] in ranked order; 0 for an empty query."""
-        total = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
-        return total[self.offsets[1:]] - total[self.offsets[:-1]]
+        out = np.zeros(self.num_queries)
+        held = np.diff(self.offsets) > 0
+        if held.any():  # each by itself: what a difference of running sums rounds away hangs on the queries before
+            out[held] = np.add.reduceat(values, self.offsets[:-1][held], dtype=np.float64)
+        return out
 
     def _tie_means(self, values: np.ndarray) -> np.ndarray:
         """[n] of values [n] in ranked order, each replaced by the mean of its group of ties."""
@@ -159,8 +162,9 @@ class Ranking:
         Returns:
             Pairwise accuracy, float64 [q]: the share of the pairs of different gain that are in the right order, a tie
             counting half; NaN where all gains are equal. And Kendall's tau-b (Kendall, Biometrika 1945), float64 [q]:
-            right minus wrong pairs, over the geometric mean of how many differ in gain and in score; NaN where either is
-            none.
+            right minus wrong pairs, over the geometric mean of how many differ in gain and in score; NaN where none
+            differ in gain, and 0, what random order is worth, where none differ in score (scipy has NaN there: a model
+            that refuses a query would not be measured by it).
             Quadratic in the products of one query, as the definition is.
         """
         gains = np.asarray(gains, dtype=np.float64)
@@ -174,7 +178,8 @@ class Ranking:
             )  # twice right minus wrong, like the others
             query = np.searchsorted(self.offsets, rows[:, 0], side="right") - 1
             accuracy[query] = 0.5 + 0.5 * _ratio(balance, differ)
-            tau[query] = _ratio(balance, np.sqrt(differ.astype(np.float64) * ranked))
+            tied = np.where(differ > 0, 0.0, np.nan)
+            tau[query] = np.where(ranked > 0, _ratio(balance, np.sqrt(differ.astype(np.float64) * ranked)), tied)
         return accuracy, tau
 
     def _ranked(self, relevant: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ from tiny_chain import cli
 
 from relevance_ray.evaluation.evaluate import evaluate_models
 from relevance_ray.evaluation.report import write_report
+from relevance_ray.evaluation.runs import read_run
 from relevance_ray.storage import join, write_json, write_table
 
 
@@ -34,7 +35,7 @@ def test_two_runs_are_compared_on_what_both_judged(tmp_path: Path) -> None:
     assert "The better passes the worse on test nDCG: +0." in done.stdout
     table = pq.read_table(worse / "evaluate-1" / "predictions.parquet")
     left_out = pq.read_table(better / "evaluate-1" / "predictions.parquet").num_rows - table.num_rows
-    assert f"{left_out:,} pairs that only better judged are left out." in done.stdout
+    assert f"{left_out:,} pairs that better alone has in this split are left out." in done.stdout
     stored = json.loads((tmp_path / "out" / "report.json").read_text())["splits"]["test"]
     assert stored["num_queries"] == 50
     own = json.loads((worse / "evaluate-1" / "report.json").read_text())["splits"]["test"]["models"]["student"]
@@ -50,11 +51,19 @@ def test_another_model_and_equal_names_can_be_told_apart(tmp_path: Path) -> None
     assert "cannot be told" in done.stdout
 
 
+def test_a_run_that_was_moved_is_found(tmp_path: Path) -> None:
+    moved = evaluated(tmp_path / "run", 1.0).rename(tmp_path / "moved")
+    assert read_run(str(moved)).folder == f"{moved}/evaluate-1"
+
+
 def test_what_cannot_be_compared_is_one_sentence(tmp_path: Path) -> None:
     run, other = evaluated(tmp_path / "run", 1.0), evaluated(tmp_path / "other", 1.0, seed=1)
     (tmp_path / "empty").mkdir()
+    compared = tmp_path / "compared"
+    assert cli("compare", str(run), str(run), "--out", str(compared)).returncode == 0
     for arguments, said in (
         ((tmp_path / "empty", run), "holds no evaluation; give the root of a run that was evaluated"),
+        ((run, compared), "compared holds no predictions of models"),
         ((run, run, "--model", "bm25"), "measured no model bm25; name one of student, teacher"),
         ((run, other), "is graded differently in"),
     ):

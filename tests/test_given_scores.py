@@ -11,6 +11,7 @@ from tiny_chain import values
 
 from relevance_ray.config import build_config
 from relevance_ray.errors import UserError
+from relevance_ray.evaluation.ask import predict
 from relevance_ray.evaluation.evaluate import evaluate_models
 from relevance_ray.evaluation.given_scores import GivenScores
 from relevance_ray.evaluation.judged import flatten
@@ -54,6 +55,21 @@ def test_pairs_that_the_file_lacks_are_ranked_last_counted_and_named(tmp_path: P
     text = render_markdown(results, title="t", about={})
     assert "Pairs that could not be scored, ranked last: engine 5." in text
     assert "engine.csv holds no label of this query and product" in text
+
+
+@pytest.mark.parametrize(("first", "step"), [(1_700_000_000, 1), (0.99999999, 1e-9), (170_000_000.5, 3)])
+def test_any_number_keeps_its_rank(tmp_path: Path, first: float, step: float) -> None:
+    pairs = flatten(TEST, ESCI)
+    order = np.argsort(np.argsort(pairs.gains, kind="stable"))
+    rows = [
+        f"{q},{p},{float(first + i * step)!r}" for q, p, i in zip(pairs.queries, pairs.product_ids, order, strict=True)
+    ]
+    path = tmp_path / "engine.csv"
+    path.write_text("\n".join(["query,product_id,logit", *rows]), encoding="utf-8")
+    engine = GivenScores(path, ESCI, DEV.slice(0, 0))
+    logits = predict(engine, pairs).logits
+    assert (np.argsort(logits) == np.argsort(order)).all()
+    assert len(set(logits)) == pairs.num_pairs
 
 
 def test_grades_are_scores_too(tmp_path: Path) -> None:

@@ -19,13 +19,13 @@ from relevance_ray.data.market_truth import (
     true_verdicts,
     typos,
 )
-from relevance_ray.data.prepare import prepare, read_judged, read_queries
+from relevance_ray.data.prepare import prepare, read_judged, read_queries, read_whole_log
 from relevance_ray.data.readers import open_source
 from relevance_ray.data.source import DataOptions
 from relevance_ray.engines.base import Pair
 from relevance_ray.engines.oracle import OracleEngine
 from relevance_ray.errors import UserError
-from relevance_ray.schema import PRODUCT, SCALES
+from relevance_ray.schema import PRODUCT, SCALES, normalize_query
 
 HOODIE = {
     "title": "Tidal Modern Cotton Hoodie",
@@ -146,6 +146,13 @@ def test_prepare_makes_the_market_ready(tmp_path: Path) -> None:
     held_out = {row["query"] for row in test} | {row["query"] for row in read_judged(tmp_path, "dev").to_pylist()}
     log = read_queries(tmp_path).to_pylist()
     assert not held_out & {row["query"] for row in log}
+    # Reports may know how often the queries are typed that models are measured by; generation never reads them.
+    logged = {row["query"]: row["frequency"] for row in read_whole_log(tmp_path).to_pylist()[len(log) :]}
+    log_lines = [line for block in market_queries.query_log(0, 3000) for line in block.to_pylist()]
+    asked = {normalize_query(line["query"]): line["frequency"] for line in reversed(log_lines)}  # the first is the largest
+    assert logged
+    assert logged.keys() <= held_out
+    assert all(asked[normalize_query(query)] == frequency for query, frequency in logged.items())
     assert [row["frequency"] for row in log] == sorted((row["frequency"] for row in log), reverse=True)
 
 

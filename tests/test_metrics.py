@@ -90,6 +90,14 @@ def test_kendall_tau_equals_scipy(ties):
     gains, scores, offsets = random_queries(5, ties=ties)
     _, tau = Ranking(scores, offsets).concordance(gains)
     assert tau == pytest.approx([kendalltau(gains[p], scores[p]).statistic for p in slices(offsets)], nan_ok=True)
+    _, constant = Ranking(np.zeros(5), np.array([0, 3, 5])).concordance(np.array([1.0, 0.0, 0.1, 1.0, 1.0]))
+    assert constant == pytest.approx([0.0, np.nan], nan_ok=True)  # a model that says nothing is measured all the same
+
+
+def test_a_query_is_worth_the_same_wherever_it_stands():
+    gains, scores, offsets = random_queries(8, ties=False, num_queries=300)
+    alone = [ndcg(gains[p], scores[p], np.array([0, p.stop - p.start]))[0] for p in slices(offsets)]
+    np.testing.assert_array_equal(ndcg(gains, scores, offsets), alone)
 
 
 def test_large_blocks_and_small_ones_give_the_same(monkeypatch):

@@ -78,7 +78,7 @@ def test_prepare_writes_every_file_in_its_schema(tmp_path: Path) -> None:
     assert row["products"][0]["soft_target"] == pytest.approx(0.9 + 0.1 * 0.1)  # E, a tenth of it leaked to S
     assert row["products"][0]["origins"] == [{"name": "human", "rank": 0}]
     assert sorted(path.name for path in out.iterdir()) == [
-        "judged_groups.parquet", "judgments.parquet", "products", "queries.parquet", "scale.json",
+        "held_out_log.parquet", "judged_groups.parquet", "judgments.parquet", "products", "queries.parquet", "scale.json",
     ]  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from relevance_ray.chain.diversity import FOLDER as DIVERSITY
 from relevance_ray.chain.folders import StepFolders
 from relevance_ray.chain.scaling import FOLDER as SCALING
+from relevance_ray.chain.scaling import curve_key
 from relevance_ray.evaluation.report import write_report
 from relevance_ray.generate.diversity.report import PICTURES, warning_lines
 from relevance_ray.storage import exists, join, read_bytes, read_json
@@ -19,11 +20,16 @@ from relevance_ray.storage import exists, join, read_bytes, read_json
 def write_run_report(at: StepFolders, results: Mapping[str, Any], about: Mapping[str, str]) -> str:
     """Write the report of an evaluation's results into its folder; the path of its page."""
     scaling, diversity = join(at.root, SCALING, "scaling.json"), join(at.folder("generate"), DIVERSITY)
-    found: dict[str, Any] = {"scaling": read_json(scaling) if exists(scaling) else None, "diversity": None}
+    curve = read_json(scaling) if exists(scaling) else None
+    own = curve is not None and curve.get("of") == curve_key(at)  # and not of another configuration at this root
+    found: dict[str, Any] = {"scaling": curve if own else None, "diversity": None}
     pictures: dict[str, bytes] = {}
     if exists(join(diversity, "diversity.json")):
         report = read_json(join(diversity, "diversity.json"))
-        found["diversity"] = {key: report[key] for key in ("groups", "pairs")} | {"lines": warning_lines(report)}
+        told = [f"{key}: {report['about'][key]}" for key in ("read", "labels") if key in report["about"]]
+        found["diversity"] = {key: report[key] for key in ("groups", "pairs")} | {
+            "lines": [*told, *warning_lines(report)]
+        }
         drawn = {title: join(diversity, name) for name, title in PICTURES.items()}
         pictures = {title: read_bytes(path) for title, path in drawn.items() if exists(path)}
     folder = at.folder("evaluate")

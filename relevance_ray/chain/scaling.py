@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from relevance_ray.chain.folders import StepFolders
 from relevance_ray.chain.trainings import TrainingWork
 from relevance_ray.data.prepare import read_judged, read_scale
 from relevance_ray.engines.registry import load_pair_model
@@ -21,6 +22,7 @@ from relevance_ray.evaluation.ask import predict
 from relevance_ray.evaluation.judged import JudgedPairs, flatten
 from relevance_ray.evaluation.scaling import scaling_markdown, scaling_plot, scaling_report
 from relevance_ray.metrics import ndcg
+from relevance_ray.options import semantic
 from relevance_ray.progress import Progress
 from relevance_ray.storage import CommitLog, fingerprint, join, localize, read_json, write_bytes, write_json
 
@@ -72,8 +74,14 @@ def measure_scaling(work: TrainingWork, *, seeds: int = 1, num_sizes: int = 5) -
         "split": split,
         "seeds": seeds,
         "judged_pairs": judged.num_pairs,
+        "of": curve_key(at),
     }
     return report, _write(join(at.root, FOLDER), report)
+
+
+def curve_key(at: StepFolders) -> str:
+    """What a curve is of: the labels, the judgments, and the student."""
+    return fingerprint(at.key("prepare"), at.key("label"), semantic(at.config.student))
 
 
 def _per_query(root: str, prepared: str, judged: JudgedPairs, progress: Progress, folder: Path) -> np.ndarray:

@@ -18,6 +18,7 @@ from relevance_ray.storage import (
     CommitLog,
     is_remote,
     join,
+    localize,
     makedirs,
     publish_folder,
     read_json,
@@ -190,7 +191,7 @@ class StepWork:
 
     def _evaluate(self, folder: str) -> dict[str, Any]:
         from relevance_ray.chain.report import write_run_report
-        from relevance_ray.data.prepare import read_judged, read_queries, read_scale
+        from relevance_ray.data.prepare import read_judged, read_scale, read_whole_log
         from relevance_ray.engines.registry import load_pair_model
         from relevance_ray.evaluation.ask import Asked
         from relevance_ray.evaluation.evaluate import evaluate_models
@@ -201,7 +202,7 @@ class StepWork:
         judged, scale = read_judged(prepared), read_scale(prepared)
         # First what the user may have to mend: students may be trained for the models.
         dev = read_judged(prepared, "dev")
-        scores = {name: GivenScores(path, scale, dev) for name, path in self.config.evaluate.scores.items()}
+        scores = {name: GivenScores(localize(path), scale, dev) for name, path in self.config.evaluate.scores.items()}
         models: dict[str, Asked] = {name: load_pair_model(path) for name, path in self.training.models().items()}
         with self.tools.progress("evaluate", None, "pairs") as progress:
             results = evaluate_models(
@@ -211,7 +212,7 @@ class StepWork:
                 self.config.evaluate,
                 on_progress=progress.advance,
                 on_predictions=partial(write_table, join(folder, "predictions.parquet")),
-                context=SliceContext.of(read_queries(prepared), read_judged(prepared, "train")),
+                context=SliceContext.of(read_whole_log(prepared), read_judged(prepared, "train")),
             )
         return {
             "report": write_run_report(self.at, results, self._about()),

@@ -28,6 +28,7 @@ from relevance_ray.errors import UserError
 from relevance_ray.schema import JUDGED_GROUP, JUDGMENT, QUERY, LabelScale, normalize_query, pair_id, product_fields
 
 PRODUCTS_PER_FILE = 500_000
+HELD_OUT_LOG = "held_out_log.parquet"
 
 
 class ProgressLine(Protocol):
@@ -70,7 +71,7 @@ def prepare(options: DataOptions, out_dir: Path, progress: ProgressLine | None =
             _refuse_empty_splits(groups)
         pq.write_table(judgments.select(JUDGMENT.names).cast(JUDGMENT), staging / "judgments.parquet")
         pq.write_table(groups, staging / "judged_groups.parquet", row_group_size=512)
-        log = _write_log(source, judgments, staging / "queries.parquet")
+        log = _write_log(source, judgments, staging)
         (staging / "scale.json").write_text(json.dumps(source.scale.to_dict(), indent=2) + "\n", encoding="utf-8")
         judged_content = _content(staging / "judged_groups.parquet", staging / "scale.json")
         shutil.rmtree(out_dir / "products", ignore_errors=True)
@@ -131,6 +132,13 @@ def iter_products(folder: str | Path, columns: Sequence[str] | None = None) -> I
 def read_queries(folder: str | Path) -> pa.Table:
     """The `QUERY` table of a prepared folder, most frequent first."""
     return pq.read_table(Path(folder) / "queries.parquet")
+
+
+def read_whole_log(folder: str | Path) -> pa.Table:
+    """`read_queries`, and the lines of the log that are queries of dev and test: for reports, never to train on."""
+    held_out = Path(folder) / HELD_OUT_LOG
+    tables = [read_queries(folder), *([pq.read_table(held_out)] if held_out.is_file() else [])]
+    return pa.concat_tables(tables)
 
 
 def _checked_judgments(source: Source) -> tuple[pa.Table, int]:
@@ -295,11 +303,13 @@ def _refuse_empty_splits(groups: pa.Table) -> None:
             )
 
 
-def _write_log(source: Source, judgments: pa.Table, path: Path) -> dict[str, int]:
-    """Writes the log queries that may be trained on, most frequent first; returns counts."""
+def _write_log(source: Source, judgments: pa.Table, folder: Path) -> dict[str, int]:
+    """Writes the log queries that may be trained on, most frequent first, and apart from them those that models are
+    measured by; returns counts."""
     train = judgments.filter(pc.equal(judgments["split"], "train"))
     held_out = judgments.filter(pc.not_equal(judgments["split"], "train"))
-    guard = LeakGuard(pc.unique(held_out["query"]).to_pylist())
+    measured_by = pc.unique(held_out["query"]).to_pylist()
+    guard, frequency_of = LeakGuard(measured_by), dict.fromkeys(map(query_hash, measured_by), 0)
     position: dict[int, int] = {}
     queries: list[str] = []
     frequencies: list[int] = []
@@ -313,17 +323,25 @@ def _write_log(source: Source, judgments: pa.Table, path: Path) -> dict[str, int
             frequencies[position[key]] = max(frequencies[position[key]], frequency)
         elif guard.is_leak(query):
             held_back += 1
+            if key in frequency_of:
+                frequency_of[key] = max(frequency_of[key], frequency)
         else:
             position[key] = len(queries)
             queries.append(query)
             frequencies.append(frequency)
             locales.append(locale)
-    table = pa.table(
-        [pa.array(queries), pa.array(frequencies, pa.int64()), pa.array(locales, pa.string())], schema=QUERY
-    )
+    table = _query_table(queries, frequencies, locales)
     order = np.argsort(-np.asarray(frequencies, dtype=np.int64), kind="stable")
-    pq.write_table(table.take(pa.array(order)), path)
+    pq.write_table(table.take(pa.array(order)), folder / "queries.parquet")
+    logged = [(query, count) for query in measured_by if (count := frequency_of[query_hash(query)])]
+    held_out_log = _query_table([query for query, _ in logged], [count for _, count in logged], [None] * len(logged))
+    pq.write_table(held_out_log, folder / HELD_OUT_LOG)
     return {"log_queries": len(queries), "log_queries_held_back": held_back}
+
+
+def _query_table(queries: list[str], frequencies: list[int], locales: Sequence[str | None]) -> pa.Table:
+    arrays = [pa.array(queries, pa.string()), pa.array(frequencies, pa.int64()), pa.array(locales, pa.string())]
+    return pa.table(arrays, schema=QUERY)
 
 
 def _log_lines(source: Source, train_queries: list[str]) -> Iterable[tuple[str, int, str | None]]:

@@ -30,6 +30,7 @@ class FileEngine:
             `logit` or `grade` (a name on the scale, or a number between its grades). With both, `logit` is read.
         scale: what the grades mean. A grade becomes the log of its distribution, smoothed to its neighbours.
         label_smoothing: the mass that goes there.
+        standardize: give logits mean 0 and deviation 1, so that any numbers keep their order in float32.
 
     Raises:
         UserError: no such file, not of its kind, a missing column, an unknown grade or an empty cell (with its row),
@@ -38,8 +39,10 @@ class FileEngine:
 
     num_tokens = 0
 
-    def __init__(self, path: str | Path, scale: LabelScale, label_smoothing: float = 0.1) -> None:
-        self.path, self.label_smoothing = Path(path), label_smoothing
+    def __init__(
+        self, path: str | Path, scale: LabelScale, label_smoothing: float = 0.1, standardize: bool = False
+    ) -> None:
+        self.path, self.label_smoothing, self._standardize = Path(path), label_smoothing, standardize
         table = _read(self.path)
         columns = set(table.column_names)
         has_logit = "logit" in columns
@@ -83,7 +86,7 @@ class FileEngine:
     def _logits(self, table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
         """Index into distinct values [n], and the class logits [v, 2] of each."""
         try:
-            logits = pc.cast(table["logit"], pa.float32()).to_numpy()
+            logits = pc.cast(table["logit"], pa.float64()).to_numpy()
         except pa.ArrowInvalid as error:
             raise UserError(f"{self.path} column logit holds something that is no number ({error})") from error
         bad = np.flatnonzero(~np.isfinite(logits))
@@ -92,7 +95,9 @@ class FileEngine:
                 f"{self.path} row {bad[0] + 1}: logit {logits[bad[0]]} is not a finite number; remove the row"
             )
         values, index = np.unique(logits, return_inverse=True)
-        return index, np.stack([np.zeros_like(values), values], axis=1)
+        if self._standardize and len(values) > 1:
+            values = (values - values.mean()) / values.std()
+        return index, np.stack([np.zeros_like(values), values], axis=1).astype(np.float32)
 
     def _grades(self, table: pa.Table, scale: LabelScale) -> tuple[np.ndarray, np.ndarray]:
         grades = self._texts(table, "grade")

@@ -2,7 +2,7 @@
 
 Each is an ordinary model folder, so nothing downstream knows that it is a baseline; only its calibration is fitted, on
 the same dev judgments as the student's, so that F1 compares rankings and not thresholds. (Random order needs no folder:
-see `compare.random_predictions`.)
+see `ask.random_predictions`.)
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import numpy as np
 
 from relevance_ray.evaluation.judged import JudgedPairs
 from relevance_ray.evaluation.measure import Predictions
+from relevance_ray.evaluation.significance import TIE
 from relevance_ray.metrics import ndcg
 from relevance_ray.schema import LabelScale
 
@@ -36,8 +37,8 @@ def won_and_lost(
     difference = values[model] - values[other]
     defined = np.flatnonzero(~np.isnan(difference))
     by_difference = defined[np.argsort(-difference[defined], kind="stable")]
-    won = [query for query in by_difference[:NUM_QUERIES] if difference[query] > 0]
-    lost = [query for query in by_difference[::-1][:NUM_QUERIES] if difference[query] < 0]
+    won = [query for query in by_difference[:NUM_QUERIES] if difference[query] > TIE]
+    lost = [query for query in by_difference[::-1][:NUM_QUERIES] if difference[query] < -TIE]
 
     def example(query: int) -> dict[str, Any]:
         start, stop = pairs.offsets[query], pairs.offsets[query + 1]
@@ -61,9 +62,9 @@ def won_and_lost(
     return {
         "model": model,
         "other": other,
-        "num_won": int((difference[defined] > 0).sum()),
-        "num_lost": int((difference[defined] < 0).sum()),
-        "num_equal": int((difference[defined] == 0).sum()),
+        "num_won": int((difference[defined] > TIE).sum()),
+        "num_lost": int((difference[defined] < -TIE).sum()),
+        "num_equal": int((np.abs(difference[defined]) <= TIE).sum()),
         "won": [example(query) for query in won],
         "lost": [example(query) for query in lost],
     }

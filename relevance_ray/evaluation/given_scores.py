@@ -29,7 +29,7 @@ class GivenScores:
     """
 
     def __init__(self, path: str | Path, scale: LabelScale, dev: pa.Table) -> None:
-        self._engine = FileEngine(path, scale, label_smoothing=0.0)
+        self._engine = FileEngine(path, scale, label_smoothing=0.0, standardize=True)
         self.gains, self.scale = self._engine.gains, scale
         self.calibration: OrdinalCalibration | None = None
         self.calibration = fit_calibration(self, dev, scale) if dev.num_rows else None

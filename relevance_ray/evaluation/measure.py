@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from relevance_ray.evaluation.judged import Judgments
 
 MAX_BINS = 8192
-LOWER_IS_BETTER = frozenset({"calibration_error", "brier"})
 
 
 @dataclass(frozen=True)

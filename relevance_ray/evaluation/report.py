@@ -31,9 +31,9 @@ def write_report(
         teacher: the model that the verdict is about, where it was measured.
         pictures: of the pairs' diversity, title -> PNG, for the page.
     """
-    storage.write_json(storage.join(out_dir, "report.json"), {"title": title, "about": dict(about or {}), **results})
     words = {"title": title, "student": student, "teacher": teacher}
     markdown = render_markdown(results, about=about or {}, **words)
     page = render_html(results, about=about or {}, pictures=pictures or {}, **words)
+    storage.write_json(storage.join(out_dir, "report.json"), {"title": title, "about": dict(about or {}), **results})
     for name, text in (("report.md", markdown), ("report.html", page)):
         storage.write_bytes(storage.join(out_dir, name), text.encode())

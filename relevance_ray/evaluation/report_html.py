@@ -130,6 +130,7 @@ def _difference(split: Mapping[str, Any], metric: str, model: str, other: str) -
     found = difference(split, metric, model, other)
     cell = _cell(found, "difference", "{:+.3f}")
     if found is not None and found["p_holm"] is not None:
+        cell["sure"] = cell["sure"] and found["p_holm"] < 0.05
         cell["interval"] += " p < .001" if found["p_holm"] < 0.001 else f" p {found['p_holm']:.3f}"
     return cell
 

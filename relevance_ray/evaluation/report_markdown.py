@@ -86,7 +86,7 @@ def _slices_section(split: Mapping[str, Any], student: str, teacher: str) -> lis
 
 def _table(header: list[str], rows: list[list[str]]) -> list[str]:
     rule = ["---"] * len(header)
-    return [*("| " + " | ".join(row) + " |" for row in [header, rule, *rows]), ""]
+    return [*("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in [header, rule, *rows]), ""]
 
 
 def _interval(found: Mapping[str, float | None] | None) -> str:
@@ -101,8 +101,9 @@ def _difference(found: Mapping[str, float | None] | None) -> str:
     if found is None or found["difference"] is None or found["low"] is None or found["high"] is None:
         return "-"
     text = f"{found['difference']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
-    text = f"**{text}**" if found["low"] > 0 or found["high"] < 0 else text
     p = found.get("p_holm")
+    sure = (found["low"] > 0 or found["high"] < 0) and (p is None or p < 0.05)
+    text = f"**{text}**" if sure else text
     return text if p is None else f"{text}, p {p:.3f}" if p >= 0.001 else f"{text}, p < .001"
 
 

@@ -29,7 +29,7 @@ def interval_plot(split: Mapping[str, Any], metric: str, title: str) -> str:
             if found["low"] is not None:
                 axes.plot([found["low"], found["high"]], [row, row], color=color, linewidth=2)
             axes.plot([found["value"]], [row], "o", color=color)
-        axes.set_yticks(range(len(known)), known)
+        axes.set_yticks(range(len(known)), [_label(name) for name in known])
         axes.invert_yaxis()
         axes.set_xlabel(f"{title}, 95% interval")
         axes.grid(axis="x", color="#dddddd")
@@ -44,7 +44,7 @@ def pr_plot(split: Mapping[str, Any]) -> str:
         figure, axes = _figure(4.6, 3.6)
         for name, found in split["models"].items():
             if (curve := found.get("pr_curve")) and name != "random":
-                axes.plot(curve["recall"], curve["precision"], color=_color(split, name), label=name)
+                axes.plot(curve["recall"], curve["precision"], color=_color(split, name), label=_label(name))
         axes.set_xlabel("recall of relevant pairs")
         axes.set_ylabel("precision")
         axes.set_ylim(0, 1.02)
@@ -61,7 +61,7 @@ def reliability_plot(split: Mapping[str, Any]) -> str:
         axes.plot([0, 1], [0, 1], color="#999999", linestyle=":", linewidth=1)
         for name, found in split["models"].items():
             if bins := found.get("reliability"):
-                axes.plot(bins["probability"], bins["relevant"], ".-", color=_color(split, name), label=name)
+                axes.plot(bins["probability"], bins["relevant"], ".-", color=_color(split, name), label=_label(name))
         axes.set_xlabel("probability that was said")
         axes.set_ylabel("share that is relevant")
         axes.legend(fontsize=8)
@@ -72,6 +72,12 @@ def scaling_svg(report: Mapping[str, Any]) -> str:
     """The scaling curve."""
     with mpl.rc_context(_STYLE):
         return _svg(draw_scaling(report))
+
+
+def _label(name: str) -> str:
+    """A name as matplotlib shows it as it is: no mathematics, and not hidden for its first character."""
+    shown = name.replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
 
 
 def _color(split: Mapping[str, Any], model: str) -> str:

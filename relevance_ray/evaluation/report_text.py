@@ -107,6 +107,6 @@ def reading(results: Mapping[str, Any]) -> list[str]:
         "A slice cut by product (category, brand, price, missing fields) ranks each query's products of that slice alone. "
         "Worst first is by the value, not by what its interval can tell: of many slices some look bad by chance.",
         f"Intervals: 95%, {results['num_resamples']} paired bootstrap resamples of whole queries, seed {results['seed']}. A "
-        "difference in bold has an interval without 0; p is the randomization test's over queries, corrected for the "
-        "comparisons of all models by that metric (Holm).",
+        "difference in bold has an interval without 0 and, where there is one, a p below .05: that of the randomization "
+        "test over queries, corrected for the comparisons of all models by that metric (Holm).",
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,10 @@ def read_run(path: str) -> EvaluatedRun:
                 f"{path} holds no evaluation; give the root of a run that was evaluated, or its evaluate folder"
             )
         folder = latest["evaluate"]
+        if not exists(folder):  # the run was moved
+            folder = join(path.rstrip("/"), folder.rstrip("/").rsplit("/", 1)[-1])
+    if not exists(join(folder, "predictions.parquet")):
+        raise UserError(f"{folder} holds no predictions of models; give the root of a run that was evaluated")
     table = read_table(join(folder, "predictions.parquet"))
     if "true_class" not in table.column_names:
         raise UserError(f"{folder} was evaluated by an earlier version, which kept too little; evaluate the run again")
@@ -76,9 +80,10 @@ def compare_runs(
         if f"{model}.logit" not in run.table.column_names:
             known = [name.removesuffix(".logit") for name in run.table.column_names if name.endswith(".logit")]
             raise UserError(f"{run.folder} measured no model {model}; name one of {', '.join(known)}")
-    if (first.scale.grades, first.scale.gains) != (second.scale.grades, second.scale.gains):
+    if replace(first.scale, name="") != replace(second.scale, name=""):
         raise UserError(
-            f"{first.folder} and {second.folder} have other grades or gains; compare runs of the same judgments"
+            f"{first.folder} and {second.folder} have other grades, gains or another relevant_from; compare runs of the "
+            "same judgments"
         )
     splits: dict[str, Any] = {}
     for split in first.table["split"].unique().to_pylist():
@@ -111,6 +116,13 @@ def _compare(
     if not rows:
         return None
     own, other = tables[0].take(rows), tables[1].take([place[keys[0][row]] for row in rows])
+    renamed = np.flatnonzero(pc.not_equal(own["query"], other["query"]).to_numpy())
+    if len(renamed):
+        texts = [table["query"][renamed[0]].as_py() for table in (own, other)]
+        raise UserError(
+            f"{split} query_id {own['query_id'][renamed[0]].as_py()!r} is {texts[0]!r} in {first.folder} and {texts[1]!r} "
+            f"in {second.folder}; compare runs of the same judgments"
+        )
     unlike = np.flatnonzero(own["gain"].to_numpy() != other["gain"].to_numpy())
     if len(unlike):
         query, product = own["query"][unlike[0]].as_py(), own["product_id"][unlike[0]].as_py()
@@ -134,7 +146,9 @@ def _compare(
         found["models"][name] |= curves(pairs, prediction)
     left_out = {name: len(each) - len(rows) for name, each in zip(names, keys, strict=True)}
     found["notes"] = [
-        f"{count:,} pairs that only {name} judged are left out." for name, count in left_out.items() if count
+        f"{count:,} pairs that {name} alone has in this split are left out."
+        for name, count in left_out.items()
+        if count
     ]
     return found
 

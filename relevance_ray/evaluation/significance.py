@@ -18,6 +18,8 @@ import numpy as np
 Statistic = Callable[[np.ndarray], np.ndarray]
 """counts [b, q], how often each of q queries is drawn -> m values of each draw, float64 [b, m], NaN for undefined."""
 MAX_BLOCK_VALUES = 8_000_000
+TIE = 1e-9
+"""Two models' values of one query that are nearer are the same ranking, up to the rounding of a sum."""
 
 
 def resample_blocks(num_queries: int, num_resamples: int, seed: int) -> Iterator[np.ndarray]:
@@ -88,6 +90,7 @@ def randomization_test(differences: np.ndarray, num_permutations: int, seed: int
         float64 [m], NaN where no query has a difference.
     """
     values = np.nan_to_num(np.asarray(differences, dtype=np.float64))
+    values[np.abs(values) < TIE] = 0.0
     num_queries = len(values)
     seen = np.abs(values.sum(axis=0))
     number = max(min(num_permutations, 1000), min(num_permutations, 10 * MAX_BLOCK_VALUES // max(num_queries, 1)))

@@ -110,18 +110,19 @@ def slice_reports(
         student: the model whose pairwise accuracy orders them.
 
     Returns:
-        Of each slice "dimension", "slice", "num_queries", "num_pairs", and the rest of `compare_predictions` where it has at
-        least `MIN_QUERIES` queries and is not all there is. Unmeasured and undefined ones come last.
+        Of each slice "dimension", "slice", "num_queries" (of two products and more, of different gain: the others rank
+        nothing), "num_pairs", and the rest of `compare_predictions` where it has at least `MIN_QUERIES` such queries and is
+        not all there is. Unmeasured and undefined ones come last.
     """
     options = replace(options, num_permutations=min(options.num_permutations, 1000))
     reports = []
     for each in slices:
         part, of_part = restrict(pairs, predictions, each.pairs)
         report: dict[str, Any] = {"dimension": each.dimension, "slice": each.name}
-        if part.num_queries < MIN_QUERIES or part.num_pairs == pairs.num_pairs:
-            report |= {"num_queries": part.num_queries, "num_pairs": part.num_pairs}
-        else:
+        ranked = _num_ranked(part)
+        if ranked >= MIN_QUERIES and part.num_pairs < pairs.num_pairs:
             report |= compare_predictions(part, of_part, scale, options)
+        report |= {"num_queries": ranked, "num_pairs": part.num_pairs}
         reports.append(report)
     return sorted(reports, key=lambda report: _value(report, student))
 
@@ -142,6 +143,13 @@ def restrict(
         for name, found in predictions.items()
     }
     return Judgments(offsets, pairs.gains[kept], pairs.classes[kept], pairs.relevant[kept]), of_kept
+
+
+def _num_ranked(pairs: Judgments) -> int:
+    if not pairs.num_pairs:
+        return 0
+    starts = pairs.offsets[:-1]
+    return int((np.maximum.reduceat(pairs.gains, starts) > np.minimum.reduceat(pairs.gains, starts)).sum())
 
 
 def _value(report: Mapping[str, Any], student: str) -> float:
