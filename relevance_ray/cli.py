@@ -186,10 +186,14 @@ def compare(
     out: Annotated[str, typer.Option(metavar="FOLDER", help="Write report.html, .md and .json there, too.")] = "",
 ) -> None:
     """Put two runs side by side, on the pairs that both judged."""
+    from relevance_ray.errors import UserError
     from relevance_ray.evaluation.report import write_report
     from relevance_ray.evaluation.report_markdown import render_markdown
     from relevance_ray.evaluation.runs import compare_runs, names_of, read_run
+    from relevance_ray.storage import exists, join
 
+    if out and exists(join(out, "predictions.parquet")):
+        raise UserError(f"--out {out} holds an evaluation, whose report it would replace; name another folder")
     runs = read_run(first), read_run(second)
     results = compare_runs(*runs, model)
     names = names_of(*runs)

@@ -63,6 +63,7 @@ def test_what_cannot_be_compared_is_one_sentence(tmp_path: Path) -> None:
     assert cli("compare", str(run), str(run), "--out", str(compared)).returncode == 0
     for arguments, said in (
         ((tmp_path / "empty", run), "holds no evaluation; give the root of a run that was evaluated"),
+        ((run, other, "--out", run / "evaluate-1"), "holds an evaluation, whose report it would replace"),
         ((run, compared), "compared holds no predictions of models"),
         ((run, run, "--model", "bm25"), "measured no model bm25; name one of student, teacher"),
         ((run, other), "is graded differently in"),

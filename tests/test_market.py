@@ -149,9 +149,8 @@ def test_prepare_makes_the_market_ready(tmp_path: Path) -> None:
     # Reports may know how often the queries are typed that models are measured by; generation never reads them.
     logged = {row["query"]: row["frequency"] for row in read_whole_log(tmp_path).to_pylist()[len(log) :]}
     log_lines = [line for block in market_queries.query_log(0, 3000) for line in block.to_pylist()]
-    asked = {
-        normalize_query(line["query"]): line["frequency"] for line in reversed(log_lines)
-    }  # the first is the largest
+    # The first of equal lines has the largest frequency.
+    asked = {normalize_query(line["query"]): line["frequency"] for line in reversed(log_lines)}
     assert logged
     assert logged.keys() <= held_out
     assert all(asked[normalize_query(query)] == frequency for query, frequency in logged.items())

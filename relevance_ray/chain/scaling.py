@@ -22,7 +22,6 @@ from relevance_ray.evaluation.ask import predict
 from relevance_ray.evaluation.judged import JudgedPairs, flatten
 from relevance_ray.evaluation.scaling import scaling_markdown, scaling_plot, scaling_report
 from relevance_ray.metrics import ndcg
-from relevance_ray.options import semantic
 from relevance_ray.progress import Progress
 from relevance_ray.storage import CommitLog, fingerprint, join, localize, read_json, write_bytes, write_json
 
@@ -80,8 +79,8 @@ def measure_scaling(work: TrainingWork, *, seeds: int = 1, num_sizes: int = 5) -
 
 
 def curve_key(at: StepFolders) -> str:
-    """What a curve is of: the labels, the judgments, and the student."""
-    return fingerprint(at.key("prepare"), at.key("label"), semantic(at.config.student))
+    """What a curve is of: the judgments, the labels that are there, and the student."""
+    return at.key("train-student")
 
 
 def _per_query(root: str, prepared: str, judged: JudgedPairs, progress: Progress, folder: Path) -> np.ndarray:

@@ -43,9 +43,8 @@ def resample_counts(num_queries: int, num_resamples: int, seed: int) -> np.ndarr
 
 def sums_over_queries(values: np.ndarray) -> Statistic:
     """Sums of values [q, m], each query counting as often as drawn."""
-    columns = np.ascontiguousarray(
-        np.asarray(values, dtype=np.float64).T
-    )  # 30 times faster, for many, than counts @ values
+    # Transposed: with many columns 30 times as fast as counts @ values.
+    columns = np.ascontiguousarray(np.asarray(values, dtype=np.float64).T)
 
     def statistic(counts: np.ndarray) -> np.ndarray:
         return (columns @ counts.T).T
