@@ -69,6 +69,21 @@ def few_judgments(data: str, work: Path) -> dict[str, Any]:
     return options
 
 
+def further_judgments(work: Path, data: str, num_pairs: int) -> pa.Table:
+    """Judged groups of Home Depot's other queries, of `num_pairs` pairs or a few more: what the 8,000 pairs of test are too
+    few to tell. None of them is among the few judgments, whatever split the whole data has it in; of the products only the
+    title is kept, as in the shop."""
+    whole = build_config({"data": {"format": "homedepot", "path": data}, "storage": {"root": str(work / "whole")}})
+    judged = read_judged(Chain(whole).run("prepare").folders["prepare"]).sort_by("query_id")
+    few = pc.unique(pq.read_table(work / "shop" / "judgments.parquet", columns=["query"])["query"])
+    others = judged.filter(pc.invert(pc.is_in(judged["query"], few)))
+    taken = pc.cumulative_sum(pc.list_value_length(others["products"])).to_numpy()
+    rows = others.slice(0, int((taken < num_pairs).sum()) + 1).to_pylist()
+    for product in (product for row in rows for product in row["products"]):
+        product["fields"] = {name: value if name == "title" else None for name, value in product["fields"].items()}
+    return pa.Table.from_pylist(rows, schema=judged.schema)
+
+
 def config_of(arguments: argparse.Namespace, work: Path) -> Config:
     quick = arguments.quick
     if arguments.format == "homedepot":
@@ -97,21 +112,28 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, default=5, help="each half of the next")
     parser.add_argument("--seeds", type=int, help="3; 1 with --quick")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the configuration")
+    parser.add_argument(
+        "--held-out", type=int, metavar="PAIRS", help="homedepot: measure on so many pairs of other queries"
+    )
     parser.add_argument("--work", default="runs/scaling_curve", help="where all is kept, and resumed from")
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     if arguments.sizes < 3:
         parser.error(f"--sizes {arguments.sizes}: a law needs at least 3")
+    if arguments.held_out and arguments.format != "homedepot":
+        parser.error("--held-out takes other queries' judgments, which --format homedepot alone has")
     quick = arguments.quick
     arguments.data = arguments.data or f"{os.environ.get('RELEVANCE_RAY_TEST_DATA', 'data')}/{arguments.format}"
     arguments.pairs = arguments.pairs or (1_600 if quick else 32_000)
     arguments.layers = arguments.layers or (2 if quick else 3)
     quiet_libraries()
     started = time.monotonic()
-    config = config_of(arguments, Path(arguments.work).absolute() / arguments.format)
+    work = Path(arguments.work).absolute() / arguments.format
+    config = config_of(arguments, work)
     chain = Chain(config)
     outcome = chain.run("label")
-    report, path = chain.measure_scaling(arguments.seeds or (1 if quick else 3), arguments.sizes)
+    held_out = further_judgments(work, arguments.data, arguments.held_out) if arguments.held_out else None
+    report, path = chain.measure_scaling(arguments.seeds or (1 if quick else 3), arguments.sizes, held_out)
     human = read_judged(outcome.folders["prepare"], "train")
     print(scaling_markdown(report))
     teacher = report["baselines"]["teacher"]["ndcg"]

@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from relevance_ray.chain.folders import NEEDS_JUDGMENTS, StepFolders
 from relevance_ray.chain.run_state import begin_run, begin_step
@@ -35,6 +35,9 @@ from relevance_ray.storage import (
     write_json,
 )
 from relevance_ray.training.options import StudentOptions, TeacherOptions
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 def print_at_once(line: str) -> None:
@@ -102,7 +105,9 @@ class Chain:
             outcome.add("label", folder, work.run("label", folder, retry=True))
         return outcome
 
-    def measure_scaling(self, seeds: int = 1, num_sizes: int = 5) -> tuple[dict[str, Any], str]:
+    def measure_scaling(
+        self, seeds: int = 1, num_sizes: int = 5, held_out: pa.Table | None = None
+    ) -> tuple[dict[str, Any], str]:
         """The scaling curve of the labels that are there (`chain.scaling.measure_scaling`)."""
         from relevance_ray.chain.report import refresh_run_report
         from relevance_ray.chain.scaling import measure_scaling
@@ -110,7 +115,7 @@ class Chain:
         if not self.at.is_done("prepare") or not self.at.is_done("generate") or not self.at.is_done("label"):
             raise UserError(f"labeling at {self.at.root} is not finished yet; run the configuration first")
         with self._at_work() as work:
-            found = measure_scaling(work.training, seeds=seeds, num_sizes=num_sizes)
+            found = measure_scaling(work.training, seeds=seeds, num_sizes=num_sizes, held_out=held_out)
             refresh_run_report(self.at)
         return found
 

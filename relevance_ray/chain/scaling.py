@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from relevance_ray.chain.folders import StepFolders
 from relevance_ray.chain.trainings import TrainingWork
@@ -30,13 +31,17 @@ _LEAST_PAIRS = 64
 """Fewer teach nothing that could be measured."""
 
 
-def measure_scaling(work: TrainingWork, *, seeds: int = 1, num_sizes: int = 5) -> tuple[dict[str, Any], str]:
+def measure_scaling(
+    work: TrainingWork, *, seeds: int = 1, num_sizes: int = 5, held_out: pa.Table | None = None
+) -> tuple[dict[str, Any], str]:
     """Train what is missing of the curve, measure it, and write `scaling.json`, `.md` and `.png` under the root.
 
     Args:
         work: of a configuration whose labels are there.
         seeds: students of each size, from the seed of the configuration on, and as many on human labels alone.
         num_sizes: sizes, each half of the next.
+        held_out: JUDGED_GROUP rows to measure on in place of the run's own; none of their queries may be of split train or
+            dev.
 
     Returns:
         The report (`scaling_report`), and the path of its Markdown.
@@ -56,13 +61,13 @@ def measure_scaling(work: TrainingWork, *, seeds: int = 1, num_sizes: int = 5) -
         raise UserError(f"{num_pairs} labeled pairs are too few for a curve of three sizes; raise generate.num_pairs")
     prepared = localize(at.folder("prepare"))
     scale = read_scale(prepared)
-    split = "test" if read_judged(prepared, "test").num_rows else "dev"
-    judged = flatten(read_judged(prepared, split), scale)
+    split = "test" if held_out is not None or read_judged(prepared, "test").num_rows else "dev"
+    judged = flatten(read_judged(prepared, split) if held_out is None else held_out, scale)
     human_only = work.human_only(seeds)
     models = work.models(for_curve=True)
     first = work.config.student.fit.seed
     folders = work.students_of(sizes, range(first, first + seeds))
-    key = at.key("prepare")
+    key = fingerprint(at.key("prepare"), judged.query_ids)
     num_models = sum(map(len, folders)) + len(models) + len(human_only) - 1
     with work.tools.progress("score", num_models * judged.num_pairs, "pairs") as progress:
         measure = partial(_per_query, at.root, key, judged, progress)
@@ -83,10 +88,10 @@ def curve_key(at: StepFolders) -> str:
     return at.key("train-student")
 
 
-def _per_query(root: str, prepared: str, judged: JudgedPairs, progress: Progress, folder: Path) -> np.ndarray:
+def _per_query(root: str, pairs: str, judged: JudgedPairs, progress: Progress, folder: Path) -> np.ndarray:
     """nDCG of each query, float64 [q], as the model of a folder ranks them; remembered under the root."""
     info = (folder / "relevance.json").read_text(encoding="utf-8")
-    key = fingerprint(prepared, str(folder), info, judged.num_pairs)
+    key = fingerprint(pairs, str(folder), info, judged.num_pairs)
     place = join(root, FOLDER, "ndcg", f"{key}.json")
     try:
         known = read_json(place)
