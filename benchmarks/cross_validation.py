@@ -35,6 +35,7 @@ import pyarrow.compute as pc
 import torch
 
 from relevance_ray import storage
+from relevance_ray.calibration import OrdinalCalibration
 from relevance_ray.chain.folders import VERSIONS, StepFolders
 from relevance_ray.chain.tools import StepTools
 from relevance_ray.chain.trainings import TrainingWork
@@ -158,7 +159,7 @@ def fold_predictions(config: Config, config_file: str, settings: list[str], roun
         if name in UNTRAINED:
             continue
         calibration = read_model_info(models[name]).calibration
-        assert calibration is not None
+        assert isinstance(calibration, OrdinalCalibration), "folds are joined on the scale of the log-odds"
         logits = pc.add(
             pc.multiply(table[f"{name}.logit"], calibration.slope), -calibration.thresholds[scale.relevant_index - 1]
         )

@@ -3,16 +3,18 @@
 A model is trained on margins within a query, which leave the level of its logits free; what a threshold or a price
 decision needs is a probability. `OrdinalCalibration` gives all K of them from one slope and K-1 ordered thresholds
 fitted on held-out judgments: K-2 numbers more than Platt scaling, and the order of products never changes.
+`IsotonicCalibration` assumes no shape, and needs more judgments for it.
 """
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
-from scipy.optimize import minimize
+from scipy.optimize import isotonic_regression, minimize
 from scipy.special import expit
 
 PROBABILITY_FLOOR = 1e-4
@@ -54,12 +56,60 @@ def class_logits_of_distribution(distributions: np.ndarray, floor: float = PROBA
     return np.log(floored / floored.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
+class Calibration(abc.ABC):
+    """From a logit to the probabilities of K ordered classes; a higher logit never means a lower probability."""
+
+    @classmethod
+    @abc.abstractmethod
+    def fit(cls, logits: np.ndarray, distributions: np.ndarray) -> Self:
+        """The calibration of held-out judgments.
+
+        Args:
+            logits: [n], finite.
+            distributions: [n, K], rows summing to 1.
+
+        Raises:
+            ValueError: no rows, or logits that are not finite.
+        """
+
+    @property
+    @abc.abstractmethod
+    def num_classes(self) -> int: ...
+
+    @abc.abstractmethod
+    def at_least(self, logits: np.ndarray) -> np.ndarray:
+        """P(class >= k) for k = 1 .. K-1: float64 [n, K-1]."""
+
+    @abc.abstractmethod
+    def to_dict(self) -> dict[str, Any]: ...
+
+    def class_probabilities(self, logits: np.ndarray) -> np.ndarray:
+        """float64 [n, K], rows summing to 1."""
+        at_least = self.at_least(logits)
+        n = len(at_least)
+        return -np.diff(np.concatenate([np.ones((n, 1)), at_least, np.zeros((n, 1))], axis=1), axis=1)
+
+    def probability(self, logits: np.ndarray, relevant_index: int) -> np.ndarray:
+        """P(grade >= relevant_from): float64 [n], for `scale.relevant_index`."""
+        assert 1 <= relevant_index < self.num_classes, relevant_index
+        return self.at_least(logits)[:, relevant_index - 1]
+
+    def score(self, logits: np.ndarray, gains: Sequence[float]) -> np.ndarray:
+        """The expected gain: float64 [n]."""
+        return self.class_probabilities(logits) @ np.asarray(gains, dtype=np.float64)
+
+    def grade_index(self, logits: np.ndarray) -> np.ndarray:
+        """The most probable class: int64 [n]."""
+        return self.class_probabilities(logits).argmax(axis=1)
+
+
 @dataclass(frozen=True)
-class OrdinalCalibration:
-    """`P(class >= k) = sigmoid(slope * logit - thresholds[k - 1])`, the proportional-odds model (McCullagh, 1980).
+class OrdinalCalibration(Calibration):
+    """`P(class >= k) = sigmoid(slope * logit - thresholds[k - 1])`, the proportional-odds model (McCullagh, 1980): one
+    temperature, 1 / slope, for all classes.
 
     Attributes:
-        slope: positive, so that a higher logit never means a lower probability.
+        slope: positive.
         thresholds: K-1 numbers that never fall.
     """
 
@@ -77,19 +127,8 @@ class OrdinalCalibration:
         Minimises the mean cross-entropy over (slope, thresholds) of standardised logits in float64 by L-BFGS, with
         `ridge / 2 * (slope^2 + sum thresholds^2)` added, so that separable judgments give a steep slope and no infinite
         one. Order is kept by positive increments.
-
-        Args:
-            logits: [n], finite.
-            distributions: [n, K], rows summing to 1.
-
-        Raises:
-            ValueError: no rows, or logits that are not finite.
         """
-        x = np.asarray(logits, dtype=np.float64)
-        target = np.asarray(distributions, dtype=np.float64)
-        if len(x) == 0 or not np.isfinite(x).all():
-            raise ValueError(f"calibration needs at least one row and finite logits; got {len(x)} rows")
-        assert target.shape[0] == x.shape[0], (target.shape, x.shape)
+        x, target = _checked(logits, distributions)
         center, spread = x.mean(), max(x.std(), 1e-6)
         z = (x - center) / spread
 
@@ -120,35 +159,88 @@ class OrdinalCalibration:
         return len(self.thresholds) + 1
 
     def at_least(self, logits: np.ndarray) -> np.ndarray:
-        """P(class >= k) for k = 1 .. K-1: float64 [n, K-1]."""
         x = np.asarray(logits, dtype=np.float64)
         return expit(self.slope * x[:, None] - np.asarray(self.thresholds))
 
-    def class_probabilities(self, logits: np.ndarray) -> np.ndarray:
-        """float64 [n, K], rows summing to 1."""
-        at_least = self.at_least(logits)
-        n = len(at_least)
-        return -np.diff(np.concatenate([np.ones((n, 1)), at_least, np.zeros((n, 1))], axis=1), axis=1)
-
-    def probability(self, logits: np.ndarray, relevant_index: int) -> np.ndarray:
-        """P(grade >= relevant_from): float64 [n], for `scale.relevant_index`."""
-        assert 1 <= relevant_index < self.num_classes, relevant_index
-        return self.at_least(logits)[:, relevant_index - 1]
-
-    def score(self, logits: np.ndarray, gains: Sequence[float]) -> np.ndarray:
-        """The expected gain: float64 [n]."""
-        return self.class_probabilities(logits) @ np.asarray(gains, dtype=np.float64)
-
-    def grade_index(self, logits: np.ndarray) -> np.ndarray:
-        """The most probable class: int64 [n]."""
-        return self.class_probabilities(logits).argmax(axis=1)
-
     def to_dict(self) -> dict[str, Any]:
-        return {"slope": self.slope, "thresholds": list(self.thresholds)}
+        return {"method": "ordinal", "slope": self.slope, "thresholds": list(self.thresholds)}
+
+
+@dataclass(frozen=True)
+class IsotonicCalibration(Calibration):
+    """P(class >= k) as the rising function of the logit that fits best (Zadrozny & Elkan, "Transforming classifier scores
+    into accurate multiclass probability estimates", KDD 2002), linear between its knots.
+
+    No shape is assumed, so it needs many judgments: with a few hundred it follows their noise. The K-1 functions never
+    cross, since each is the isotonic regression of an indicator that is at least the next one's.
+
+    Attributes:
+        knots: m rising logits.
+        values: of each knot its K-1 probabilities; along the knots none falls, along the classes none rises.
+    """
+
+    knots: tuple[float, ...]
+    values: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        values = np.asarray(self.values, dtype=np.float64)
+        if values.ndim != 2 or not values.size or len(values) != len(self.knots):
+            raise ValueError(f"calibration needs a row of probabilities for each of its {len(self.knots)} knots")
+        falls = (np.diff(self.knots) <= 0).any() or (np.diff(values, axis=0) < 0).any()
+        if falls or (np.diff(values, axis=1) > 0).any() or values.min() < 0 or values.max() > 1:
+            raise ValueError(
+                "calibration needs rising knots, and probabilities that never fall with them nor rise with the class"
+            )
 
     @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> OrdinalCalibration:
-        return cls(float(value["slope"]), tuple(float(threshold) for threshold in value["thresholds"]))
+    def fit(cls, logits: np.ndarray, distributions: np.ndarray) -> IsotonicCalibration:
+        """Least squares against soft distributions, by pooling adjacent violators; equal logits share one value.
+        Probabilities stay 1 / (n + 2) away from 0 and 1: n judgments cannot tell more."""
+        x, target = _checked(logits, distributions)
+        knots, place = np.unique(x, return_inverse=True)
+        weight = np.bincount(place).astype(np.float64)
+        at_least = target[:, ::-1].cumsum(axis=1)[:, ::-1][:, 1:]
+        means = np.stack([np.bincount(place, column) / weight for column in at_least.T], axis=1)
+        fitted = np.stack([isotonic_regression(column, weights=weight).x for column in means.T], axis=1)
+        least = 1.0 / (len(x) + 2)
+        # Rounding may turn equal values by their last bit, along the knots and between the classes.
+        values = np.minimum.accumulate(np.maximum.accumulate(fitted.clip(least, 1.0 - least), axis=0), axis=1)
+        turns = (np.diff(values, axis=0) > 0).any(axis=1)
+        kept = np.concatenate([[True], turns]) | np.concatenate([turns, [True]])
+        return cls(tuple(knots[kept].tolist()), tuple(map(tuple, values[kept].tolist())))
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.values[0]) + 1
+
+    def at_least(self, logits: np.ndarray) -> np.ndarray:
+        x = np.asarray(logits, dtype=np.float64)
+        return np.stack([np.interp(x, self.knots, column) for column in np.asarray(self.values).T], axis=1)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"method": "isotonic", "knots": list(self.knots), "values": [list(row) for row in self.values]}
+
+
+CALIBRATIONS: Mapping[str, type[Calibration]] = {"ordinal": OrdinalCalibration, "isotonic": IsotonicCalibration}
+
+
+def calibration_of(value: Mapping[str, Any]) -> Calibration:
+    """A calibration from its `to_dict`; one that names no method is ordinal."""
+    if value.get("method", "ordinal") == "ordinal":
+        return OrdinalCalibration(float(value["slope"]), tuple(map(float, value["thresholds"])))
+    if value["method"] != "isotonic":
+        raise ValueError(f"calibration method {value['method']!r}")
+    return IsotonicCalibration(
+        tuple(map(float, value["knots"])), tuple(tuple(map(float, row)) for row in value["values"])
+    )
+
+
+def _checked(logits: np.ndarray, distributions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    x, target = np.asarray(logits, dtype=np.float64), np.asarray(distributions, dtype=np.float64)
+    if len(x) == 0 or not np.isfinite(x).all():
+        raise ValueError(f"calibration needs at least one row and finite logits; got {len(x)} rows")
+    assert target.shape[0] == x.shape[0], (target.shape, x.shape)
+    return x, target
 
 
 def _ordered(parameters: np.ndarray) -> np.ndarray:

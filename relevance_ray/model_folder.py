@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from relevance_ray.calibration import OrdinalCalibration
+from relevance_ray.calibration import Calibration, calibration_of
 from relevance_ray.errors import UserError
 from relevance_ray.schema import LabelScale
 from relevance_ray.storage import exists, is_remote, join, publish_folder, read_bytes
@@ -43,7 +43,7 @@ class ModelInfo:
     kind: ModelKind
     scale: LabelScale
     template: Template
-    calibration: OrdinalCalibration | None = None
+    calibration: Calibration | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -65,7 +65,7 @@ class ModelInfo:
             kind=value["kind"],
             scale=LabelScale.from_dict(value["scale"]),
             template=Template.from_dict(value["template"]),
-            calibration=None if calibration is None else OrdinalCalibration.from_dict(calibration),
+            calibration=None if calibration is None else calibration_of(calibration),
             extra=value.get("extra", {}),
         )
 

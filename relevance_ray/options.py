@@ -15,14 +15,22 @@ STRICT = {"extra": "forbid"}
 """Set as `__pydantic_config__` on an options dataclass: an unknown key is refused wherever it is validated."""
 
 
-def option(default: Any, description: str, *, operational: bool = False, operational_keys: Collection[str] = ()) -> Any:
+def option(
+    default: Any,
+    description: str,
+    *,
+    operational: bool = False,
+    operational_keys: Collection[str] = (),
+    added_later: bool = False,
+) -> Any:
     """A dataclass field with a description; `operational` ones do not enter fingerprints, nor do the `operational_keys` of
-    one that is a mapping. A list or dict default is copied for each instance; `dataclasses.MISSING` makes the field
-    required."""
+    one that is a mapping, nor an option `added_later` (its default is what was done before there was one) while it has
+    its default. A list or dict default is copied for each instance; `dataclasses.MISSING` makes the field required."""
     metadata = {
         "description": description,
         "operational": operational,
         "operational_keys": frozenset(operational_keys),
+        "added_later": added_later,
     }
     if default is dataclasses.MISSING:
         return dataclasses.field(metadata=metadata)
@@ -39,8 +47,9 @@ def semantic(options: Any) -> dict[str, Any]:
     """The options that decide results, as plain JSON values, nested options included."""
     out: dict[str, Any] = {}
     for field in dataclasses.fields(options):
-        if not field.metadata.get("operational", False):
-            value = getattr(options, field.name)
+        value = getattr(options, field.name)
+        unchanged = field.metadata.get("added_later", False) and value == field.default
+        if not field.metadata.get("operational", False) and not unchanged:
             if left_out := field.metadata.get("operational_keys"):
                 value = {key: item for key, item in value.items() if key not in left_out}
             out[field.name] = _plain(value)

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
 import pytest
 
-from relevance_ray.calibration import OrdinalCalibration, class_logits_of_distribution, logit_of_classes
+from relevance_ray.calibration import (
+    CALIBRATIONS,
+    Calibration,
+    IsotonicCalibration,
+    OrdinalCalibration,
+    calibration_of,
+    class_logits_of_distribution,
+    logit_of_classes,
+)
 from relevance_ray.schema import SCALES
 
 
@@ -103,15 +112,66 @@ def test_calibration_never_changes_the_order() -> None:
     assert (np.diff(found.score(logits, (0.0, 0.5, 1.0))) > 0).all()
 
 
-def test_bad_input_is_refused() -> None:
+@pytest.mark.parametrize("method", CALIBRATIONS.values())
+def test_bad_input_is_refused(method: type[Calibration]) -> None:
     with pytest.raises(ValueError, match="finite"):
-        OrdinalCalibration.fit(np.array([np.nan]), np.eye(2)[[0]])
+        method.fit(np.array([np.nan]), np.eye(2)[[0]])
     with pytest.raises(ValueError, match="at least one row"):
-        OrdinalCalibration.fit(np.array([]), np.empty((0, 2)))
+        method.fit(np.array([]), np.empty((0, 2)))
+
+
+def test_bad_parameters_are_refused() -> None:
     with pytest.raises(ValueError, match="rising"):
         OrdinalCalibration(1.0, (2.0, 1.0))
 
 
-def test_calibration_survives_its_dict() -> None:
-    calibration = OrdinalCalibration(1.5, (0.25, 0.5))
-    assert OrdinalCalibration.from_dict(calibration.to_dict()) == calibration
+def test_isotonic_of_two_classes_equals_scikit_learns_where_it_is_not_floored() -> None:
+    from sklearn.isotonic import IsotonicRegression
+
+    rng = np.random.default_rng(3)
+    logits = rng.normal(size=3000).round(2)  # with ties
+    relevant = (rng.random(3000) < 1 / (1 + np.exp(-(logits**3)))).astype(np.int64)
+    found = IsotonicCalibration.fit(logits, np.eye(2)[relevant])
+    reference = IsotonicRegression(out_of_bounds="clip").fit(logits, relevant)
+    asked = np.concatenate([logits, rng.normal(size=500), [-50.0, 50.0]])
+    expected = reference.predict(asked).clip(1 / 3002, 1 - 1 / 3002)
+    np.testing.assert_allclose(found.probability(asked, 1), expected, atol=2 / 3002)
+    assert len(found.knots) < 200  # of 600 distinct logits
+
+
+def test_isotonic_probabilities_never_cross_and_never_fall() -> None:
+    rng = np.random.default_rng(4)
+    logits = rng.normal(size=300)
+    found = IsotonicCalibration.fit(logits, rng.dirichlet(np.ones(4), size=300))
+    asked = np.sort(rng.normal(size=2000) * 3)
+    classes = found.class_probabilities(asked)
+    np.testing.assert_allclose(classes.sum(axis=1), 1)
+    assert classes.min() >= 0
+    assert (np.diff(found.at_least(asked), axis=0) >= 0).all()
+    assert (np.diff(found.score(asked, (0.0, 0.1, 0.5, 1.0))) >= -1e-12).all()
+    assert found.probability(asked, 1).max() < 1
+
+
+def test_isotonic_is_nearer_the_truth_than_a_sigmoid_where_the_truth_is_none() -> None:
+    rng = np.random.default_rng(5)
+    logits = rng.uniform(-3, 3, size=20_000)
+    truth = np.where(logits < 0, 0.1, np.where(logits < 1.5, 0.4, 0.9))
+    judged = np.eye(2)[(rng.random(20_000) < truth).astype(int)]
+    errors = {
+        name: np.abs(method.fit(logits, judged).probability(logits, 1) - truth).mean()
+        for name, method in CALIBRATIONS.items()
+    }
+    assert errors["isotonic"] < 0.02 < 0.06 < errors["ordinal"]
+
+
+def test_a_calibration_is_read_back_as_it_was_written() -> None:
+    rng = np.random.default_rng(6)
+    logits, distributions = rng.normal(size=80), rng.dirichlet(np.ones(3), size=80)
+    for method in CALIBRATIONS.values():
+        found = method.fit(logits, distributions)
+        assert calibration_of(json.loads(json.dumps(found.to_dict()))) == found
+    assert calibration_of({"slope": 2.0, "thresholds": [0.5]}) == OrdinalCalibration(2.0, (0.5,))  # of earlier folders
+    with pytest.raises(ValueError, match="method 'spline'"):
+        calibration_of({"method": "spline"})
+    with pytest.raises(ValueError, match="never fall"):
+        IsotonicCalibration((0.0, 1.0), ((0.5,), (0.4,)))

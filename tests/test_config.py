@@ -115,3 +115,9 @@ def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
 def test_a_root_without_a_bucket_is_refused() -> None:
     with pytest.raises(UserError, match="names no bucket"):
         build_config({"storage": {"root": "s3://"}})
+
+
+def test_an_option_added_later_changes_no_fingerprint_while_it_has_its_default() -> None:
+    kept, changed = build_config({}), build_config({"student": {"calibration": "isotonic"}})
+    assert "calibration" not in semantic(kept.student)
+    assert semantic(changed.student)["calibration"] == "isotonic"

@@ -216,6 +216,7 @@ class TrainingWork:
             read_scale(prepared),
             self.config.student.template(),
             self.tools.work_folder("evaluate", self.at.folder("evaluate")),
+            self.config.student.calibration,
         )
 
 

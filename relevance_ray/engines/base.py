@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from relevance_ray.calibration import OrdinalCalibration, logit_of_classes
+from relevance_ray.calibration import Calibration, logit_of_classes
 from relevance_ray.model_folder import ModelInfo
 from relevance_ray.schema import LabelScale
 from relevance_ray.templates import TEXT_FIELDS, attribute_pairs
@@ -96,7 +96,7 @@ class FolderModel(ABC):
         return self.info.scale
 
     @property
-    def calibration(self) -> OrdinalCalibration | None:
+    def calibration(self) -> Calibration | None:
         return self.info.calibration
 
     @property

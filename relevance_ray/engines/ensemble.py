@@ -18,7 +18,7 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.special import expit, log_softmax
 
-from relevance_ray.calibration import OrdinalCalibration, logit_of_classes
+from relevance_ray.calibration import Calibration, logit_of_classes
 from relevance_ray.engines.base import FolderModel
 from relevance_ray.errors import UserError
 from relevance_ray.model_folder import ModelInfo, read_model_info, staged_folder, write_model_info
@@ -160,7 +160,7 @@ def build_ensemble_folder(
     stack: Mapping[str, Any],
     scale: LabelScale,
     out: str | Path,
-    calibration: OrdinalCalibration | None = None,
+    calibration: Calibration | None = None,
 ) -> Path:
     """Make a model folder of kind ensemble: copies the member folders in; `out` appears whole.
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 
-from relevance_ray.calibration import OrdinalCalibration, logit_of_classes
+from relevance_ray.calibration import Calibration, logit_of_classes
 from relevance_ray.engines.base import Labels
 from relevance_ray.evaluation.judged import JudgedPairs
 from relevance_ray.evaluation.measure import Predictions
@@ -39,7 +39,7 @@ class Asked(Protocol):
     def scale(self) -> LabelScale: ...
 
     @property
-    def calibration(self) -> OrdinalCalibration | None: ...
+    def calibration(self) -> Calibration | None: ...
 
     def label_rows(self, queries: Sequence[str], products: Sequence[Mapping[str, Any]]) -> Labels: ...
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from relevance_ray.calibration import OrdinalCalibration
+from relevance_ray.calibration import CALIBRATIONS, Calibration
 from relevance_ray.engines.bi_encoder import build_bi_encoder_folder
 from relevance_ray.engines.bm25 import build_bm25_folder
 from relevance_ray.engines.registry import load_pair_model
@@ -25,6 +25,7 @@ from relevance_ray.model_folder import read_model_info, write_model_info
 from relevance_ray.models import resolve_model
 from relevance_ray.schema import LabelScale
 from relevance_ray.templates import Template
+from relevance_ray.training.options import CalibrationMethod
 
 
 def build_baselines(
@@ -34,6 +35,7 @@ def build_baselines(
     scale: LabelScale,
     template: Template,
     out_dir: Path,
+    method: CalibrationMethod = "ordinal",
 ) -> dict[str, Path]:
     """Build the model folders of `options.baselines`; those that are there and calibrated are kept.
 
@@ -43,6 +45,7 @@ def build_baselines(
         dev: JUDGED_GROUP rows to calibrate on; with none, the baselines have no grades and so no F1.
         template: the fields they read; the student's, for a fair comparison (its prompt, if any, is left out).
         out_dir: each baseline becomes a folder in here, by name.
+        method: of their calibration; the student's, likewise.
 
     Returns:
         Name ("bm25", "cosine") -> model folder, in the order of the options.
@@ -62,21 +65,21 @@ def build_baselines(
             else:
                 build_bi_encoder_folder(resolve_model(options.cosine_model), scale, folder, template)
         if read_model_info(folder).calibration is None and dev.num_rows:
-            calibrate_folder(folder, dev, scale)
+            calibrate_folder(folder, dev, scale, method)
         out[name] = folder
     return out
 
 
-def calibrate_folder(folder: Path, dev: pa.Table, scale: LabelScale) -> None:
+def calibrate_folder(folder: Path, dev: pa.Table, scale: LabelScale, method: CalibrationMethod = "ordinal") -> None:
     """Fit a model folder's calibration on judged groups and write it into its `relevance.json`."""
-    calibration = fit_calibration(load_pair_model(folder), dev, scale)
+    calibration = fit_calibration(load_pair_model(folder), dev, scale, method)
     write_model_info(folder, replace(read_model_info(folder), calibration=calibration))
 
 
-def fit_calibration(model: Asked, dev: pa.Table, scale: LabelScale) -> OrdinalCalibration | None:
+def fit_calibration(model: Asked, dev: pa.Table, scale: LabelScale, method: CalibrationMethod) -> Calibration | None:
     """A calibration of what a model says of judged groups, without smoothing; None where it can score none of them."""
     logits = predict(model, flatten(dev, scale)).logits
     judged = [product for row in dev["products"].to_pylist() for product in row]
     distributions = np.array([scale.distribution(item["grade"], item["rater_grades"], 0.0) for item in judged])
     scored = np.isfinite(logits)
-    return OrdinalCalibration.fit(logits[scored], distributions[scored]) if scored.any() else None
+    return CALIBRATIONS[method].fit(logits[scored], distributions[scored]) if scored.any() else None

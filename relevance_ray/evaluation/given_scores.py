@@ -8,11 +8,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from relevance_ray.calibration import OrdinalCalibration
+from relevance_ray.calibration import Calibration
 from relevance_ray.engines.base import Labels, Pair
 from relevance_ray.engines.file import FileEngine
 from relevance_ray.evaluation.baselines import fit_calibration
 from relevance_ray.schema import LabelScale, pair_id
+from relevance_ray.training.options import CalibrationMethod
 
 
 class GivenScores:
@@ -23,16 +24,19 @@ class GivenScores:
             `grade`. A pair that it lacks could not be scored: it is ranked last, and counted.
         scale: of the judgments.
         dev: JUDGED_GROUP rows to calibrate on; with none there are no grades and no probabilities.
+        method: of that calibration.
 
     Raises:
         UserError: what `FileEngine` refuses: no such column, an empty cell, NaN, two different scores of one pair.
     """
 
-    def __init__(self, path: str | Path, scale: LabelScale, dev: pa.Table) -> None:
+    def __init__(
+        self, path: str | Path, scale: LabelScale, dev: pa.Table, method: CalibrationMethod = "ordinal"
+    ) -> None:
         self._engine = FileEngine(path, scale, label_smoothing=0.0, standardize=True)
         self.gains, self.scale = self._engine.gains, scale
-        self.calibration: OrdinalCalibration | None = None
-        self.calibration = fit_calibration(self, dev, scale) if dev.num_rows else None
+        self.calibration: Calibration | None = None
+        self.calibration = fit_calibration(self, dev, scale, method) if dev.num_rows else None
 
     def label_rows(self, queries: Sequence[str], products: Sequence[Mapping[str, Any]]) -> Labels:
         """Labels of n pairs; one that the file does not hold is an error of its row."""

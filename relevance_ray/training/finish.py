@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from relevance_ray.calibration import OrdinalCalibration
+from relevance_ray.calibration import CALIBRATIONS, Calibration
 from relevance_ray.errors import UserError
 from relevance_ray.model_folder import INFO_FILE, finish_folder, read_model_info, staged_folder
 from relevance_ray.schema import LabelScale
 from relevance_ray.storage import join, localize, read_json, remove_tree
 from relevance_ray.student.collate import grade_distributions, read_judged_split
 from relevance_ray.training.fit import FitResult
+from relevance_ray.training.options import CalibrationMethod
 
 
 def finished_summary(out_dir: str) -> dict[str, Any] | None:
@@ -33,7 +34,7 @@ def check_dev_queries(judged_file: str) -> None:
         raise UserError(f"{judged_file} has no query of split train; lower data.test_percent and data.dev_percent")
 
 
-def calibrate(logits: np.ndarray, judged_file: str, scale: LabelScale) -> OrdinalCalibration:
+def calibrate(logits: np.ndarray, judged_file: str, scale: LabelScale, method: CalibrationMethod) -> Calibration:
     """Fit the class probabilities of a model on the human grades of the dev queries, without smoothing.
 
     Args:
@@ -43,12 +44,10 @@ def calibrate(logits: np.ndarray, judged_file: str, scale: LabelScale) -> Ordina
     usable = np.isfinite(logits)
     if not usable.any():
         raise UserError(f"none of the dev pairs of {judged_file} can be scored; look at its queries and product fields")
-    return OrdinalCalibration.fit(logits[usable], distributions[usable])
+    return CALIBRATIONS[method].fit(logits[usable], distributions[usable])
 
 
-def publish_fit(
-    result: FitResult, start: str, out_dir: str, calibration: OrdinalCalibration, labels: str
-) -> dict[str, Any]:
+def publish_fit(result: FitResult, start: str, out_dir: str, calibration: Calibration, labels: str) -> dict[str, Any]:
     """Make the model folder of what a loop left, which began at folder `start`, and drop both. Returns the summary."""
     summary = {
         "labels": labels,

@@ -76,6 +76,18 @@ class TeacherFitOptions(FitOptions):
     warmup_ratio: float = option(0.1, "Share of the steps that warm up")
 
 
+CalibrationMethod = Literal["ordinal", "isotonic"]
+
+
+def _calibration() -> Any:
+    return option(
+        "ordinal",
+        "How its probabilities are fitted on dev: ordinal, a temperature and a threshold a grade; or isotonic, of no "
+        "assumed shape, for dev judgments by the thousand",
+        added_later=True,
+    )
+
+
 _WEIGHTS = ("margin_weight", "level_weight", "bce_weight", "kl_weight", "infonce_weight")
 
 
@@ -106,6 +118,7 @@ class StudentOptions(EncoderOptions):
         0.0, "Share of the training groups that are human judgments, repeated as often as that takes"
     )
     human_order: Literal["mixed", "last"] = option("mixed", "Human judgments among the others, or after them")
+    calibration: CalibrationMethod = _calibration()
     fit: FitOptions = option(FitOptions(), "The loop")
 
     def __post_init__(self) -> None:
@@ -185,6 +198,7 @@ class TeacherOptions(TeacherMemberOptions):
     members: list[TeacherMemberOptions] = option([], "Members of an ensemble")
     folds: int = option(2, "Folds of the train queries for a trained member's out-of-fold predictions")
     stack_l2: float = option(0.01, "Ridge of the stacking regression")
+    calibration: CalibrationMethod = _calibration()
 
     def __post_init__(self) -> None:
         super().__post_init__()

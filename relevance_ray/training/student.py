@@ -117,6 +117,6 @@ def student_job(
 def finish_student(request: StudentRequest, result: FitResult) -> None:
     """Calibrate what workers left, and put the model folder in place."""
     logits = logit_of_classes(result.predictions(), SINGLE_LOGIT_GAINS)
-    calibration = calibrate(logits, request.judged_file, request.scale)
+    calibration = calibrate(logits, request.judged_file, request.scale, request.options.calibration)
     labels = "human judgments" if request.train_files is None else "teacher"
     publish_fit(result, join(request.work_dir, "start"), request.out_dir, calibration, labels)
