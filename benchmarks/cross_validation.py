@@ -47,8 +47,8 @@ from relevance_ray.evaluation.evaluate import as_results
 from relevance_ray.evaluation.judged import JudgedPairs, flatten
 from relevance_ray.evaluation.measure import Predictions
 from relevance_ray.evaluation.options import Baseline
-from relevance_ray.evaluation.report import write_report
-from relevance_ray.evaluation.report_text import metric_title
+from relevance_ray.evaluation.report.words import metric_title
+from relevance_ray.evaluation.report.write import write_report
 from relevance_ray.evaluation.runs import read_predictions
 from relevance_ray.model_folder import read_model_info
 from relevance_ray.options import semantic

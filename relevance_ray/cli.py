@@ -187,8 +187,8 @@ def compare(
 ) -> None:
     """Put two runs side by side, on the pairs that both judged."""
     from relevance_ray.errors import UserError
-    from relevance_ray.evaluation.report import write_report
-    from relevance_ray.evaluation.report_markdown import render_markdown
+    from relevance_ray.evaluation.report.markdown import render_markdown
+    from relevance_ray.evaluation.report.write import write_report
     from relevance_ray.evaluation.runs import compare_runs, names_of, read_run
     from relevance_ray.storage import exists, join
 

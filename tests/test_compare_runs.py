@@ -12,7 +12,7 @@ from test_evaluation import ESCI, FAST, TitleReader, judged_table
 from tiny_chain import cli
 
 from relevance_ray.evaluation.evaluate import evaluate_models
-from relevance_ray.evaluation.report import write_report
+from relevance_ray.evaluation.report.write import write_report
 from relevance_ray.evaluation.runs import read_run
 from relevance_ray.storage import join, write_json, write_table
 

@@ -22,9 +22,9 @@ from relevance_ray.evaluation.evaluate import as_results, evaluate_models
 from relevance_ray.evaluation.judged import JudgedPairs, Judgments, flatten, of_split
 from relevance_ray.evaluation.measure import Predictions, measure
 from relevance_ray.evaluation.options import EvaluateOptions
-from relevance_ray.evaluation.report import write_report
-from relevance_ray.evaluation.report_markdown import render_markdown
-from relevance_ray.evaluation.report_text import verdict
+from relevance_ray.evaluation.report.markdown import render_markdown
+from relevance_ray.evaluation.report.words import verdict
+from relevance_ray.evaluation.report.write import write_report
 from relevance_ray.evaluation.significance import (
     holm,
     means_over_queries,

@@ -16,7 +16,7 @@ from relevance_ray.evaluation.evaluate import evaluate_models
 from relevance_ray.evaluation.given_scores import GivenScores
 from relevance_ray.evaluation.judged import flatten
 from relevance_ray.evaluation.options import EvaluateOptions
-from relevance_ray.evaluation.report_markdown import render_markdown
+from relevance_ray.evaluation.report.markdown import render_markdown
 from relevance_ray.metrics import ndcg
 from relevance_ray.steps import Chain
 

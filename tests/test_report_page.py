@@ -19,7 +19,7 @@ from relevance_ray.evaluation.examples import won_and_lost
 from relevance_ray.evaluation.judged import JudgedPairs
 from relevance_ray.evaluation.measure import Predictions
 from relevance_ray.evaluation.options import EvaluateOptions
-from relevance_ray.evaluation.report_html import render_html
+from relevance_ray.evaluation.report.page import render_html
 from relevance_ray.evaluation.scaling import scaling_report
 from relevance_ray.evaluation.slices import SliceContext, find_slices, slice_reports
 from relevance_ray.metrics import group_offsets

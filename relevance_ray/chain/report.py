@@ -12,7 +12,7 @@ from relevance_ray.chain.diversity import FOLDER as DIVERSITY
 from relevance_ray.chain.folders import StepFolders
 from relevance_ray.chain.scaling import FOLDER as SCALING
 from relevance_ray.chain.scaling import curve_key
-from relevance_ray.evaluation.report import write_report
+from relevance_ray.evaluation.report.write import write_report
 from relevance_ray.generate.diversity.report import PICTURES, warning_lines
 from relevance_ray.storage import exists, join, read_bytes, read_json
 

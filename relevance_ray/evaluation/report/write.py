@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from relevance_ray import storage
-from relevance_ray.evaluation.report_html import render_html
-from relevance_ray.evaluation.report_markdown import render_markdown
+from relevance_ray.evaluation.report.markdown import render_markdown
+from relevance_ray.evaluation.report.page import render_html
 
 
 def write_report(

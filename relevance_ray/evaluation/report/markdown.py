@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from relevance_ray.evaluation.compare import difference
-from relevance_ray.evaluation.report_text import (
+from relevance_ray.evaluation.report.words import (
     measured_slices,
     metric_title,
     reading,

@@ -8,7 +8,7 @@ from importlib import resources
 from typing import Any
 
 from relevance_ray.evaluation.compare import difference
-from relevance_ray.evaluation.report_text import (
+from relevance_ray.evaluation.report.words import (
     measured_slices,
     metric_title,
     reading,
@@ -36,7 +36,7 @@ def render_html(
     """The report as a page; the arguments are those of `report.write_report`."""
     from jinja2 import Environment
 
-    template = resources.files("relevance_ray.evaluation").joinpath("report.html.j2").read_text(encoding="utf-8")
+    template = resources.files("relevance_ray.evaluation.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     page = Environment(autoescape=True, trim_blocks=True).from_string(template)
     splits = reversed(list(results["splits"].items()))
     return page.render(
@@ -55,7 +55,7 @@ def render_html(
 
 
 def _split(name: str, split: Mapping[str, Any], metrics: list[str], student: str, teacher: str) -> dict[str, Any]:
-    from relevance_ray.evaluation.report_plots import interval_plot, pr_plot, reliability_plot
+    from relevance_ray.evaluation.report.plots import interval_plot, pr_plot, reliability_plot
 
     models = split["models"]
     headline = [metric for metric in HEADLINE if metric in metrics]
@@ -107,7 +107,7 @@ def _split(name: str, split: Mapping[str, Any], metrics: list[str], student: str
 
 
 def _scaling(report: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    from relevance_ray.evaluation.report_plots import scaling_svg
+    from relevance_ray.evaluation.report.plots import scaling_svg
 
     if report is None:
         return None

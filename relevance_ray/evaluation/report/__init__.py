@@ -1,0 +1,1 @@
+"""What an evaluation found, written for programs, people and terminals."""
