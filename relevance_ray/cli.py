@@ -136,17 +136,10 @@ def plan(
 @app.command()
 def diversity(config: ConfigPath, set_: Overrides = None) -> None:
     """How diverse the generated pairs are, and where they drift from the query log. Runs the steps it needs first."""
-    from relevance_ray.chain.diversity import report_diversity
-    from relevance_ray.chain.report import refresh_run_report
     from relevance_ray.generate.diversity.report import warning_lines
-    from relevance_ray.progress import Progress
     from relevance_ray.steps import Chain
 
-    chain = Chain(_load(config, set_))
-    chain.run("generate")
-    with Progress("diversity", unit="pairs") as progress:
-        report, path = report_diversity(chain.at, progress)
-    refresh_run_report(chain.at)
+    report, path = Chain(_load(config, set_)).measure_diversity()
     for line in warning_lines(report):
         typer.echo(line)
     typer.echo(f"\nreport: {path}")
@@ -199,9 +192,9 @@ def compare(
     names = names_of(*runs)
     title = f"{model} of {names[0]} beside {names[1]}"
     about = {name: run.folder for name, run in zip(names, runs, strict=True)}
-    typer.echo(render_markdown(results, title=title, about=about, student=names[0], teacher=names[1]))
+    typer.echo(render_markdown(results, title=title, about=about))
     if out:
-        write_report(results, out, title=title, about=about, student=names[0], teacher=names[1])
+        write_report(results, out, title=title, about=about)
         typer.echo(f"report: {out}/report.html")
 
 

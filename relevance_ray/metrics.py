@@ -165,17 +165,12 @@ class Ranking:
             right minus wrong pairs, over the geometric mean of how many differ in gain and in score; NaN where none
             differ in gain, and 0, what random order is worth, where none differ in score (scipy has NaN there: a model
             that refuses a query would not be measured by it).
-            Quadratic in the products of one query, as the definition is.
+            The time is quadratic in the products of one query, as the definition is; the memory is not.
         """
         gains = np.asarray(gains, dtype=np.float64)
         accuracy, tau = np.full((2, self.num_queries), np.nan)
         for rows in _equal_lengths(self.offsets, square=True):
-            by_gain = _signs(gains[rows])
-            by_score = _signs(self.scores[rows])
-            differ, ranked = (by_gain != 0).sum((1, 2)), (by_score != 0).sum((1, 2))
-            balance = np.einsum(
-                "qij,qij->q", by_gain, by_score, dtype=np.int64
-            )  # twice right minus wrong, like the others
+            balance, differ, ranked = _agreement(gains[rows], self.scores[rows])
             query = np.searchsorted(self.offsets, rows[:, 0], side="right") - 1
             accuracy[query] = 0.5 + 0.5 * _ratio(balance, differ)
             tied = np.where(differ > 0, 0.0, np.nan)
@@ -200,9 +195,24 @@ def _equal_lengths(offsets: np.ndarray, *, square: bool = False) -> Iterator[np.
             yield offsets[group[begin : begin + block], None] + np.arange(size)
 
 
-def _signs(values: np.ndarray) -> np.ndarray:
-    """int8 [b, l, l]: 1 where the first of two is greater, -1 where it is less, 0 where they are equal."""
-    first, second = values[:, :, None], values[:, None, :]
+def _agreement(gains: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of b queries of l pairs, gains and scores [b, l]: right minus wrong pairs, those that differ in gain, and those that
+    differ in score, int64 [b] each, every pair counted twice. Some rows of the l x l at a time."""
+    balance, differ, ranked = np.zeros((3, len(gains)), dtype=np.int64)
+    size = gains.shape[1]
+    step = max(1, MAX_BLOCK_VALUES // gains.size)
+    for start in range(0, size, step):
+        rows = slice(start, start + step)
+        by_gain, by_score = _signs(gains[:, rows], gains), _signs(scores[:, rows], scores)
+        balance += np.einsum("qij,qij->q", by_gain, by_score, dtype=np.int64)
+        differ += np.count_nonzero(by_gain, axis=(1, 2))
+        ranked += np.count_nonzero(by_score, axis=(1, 2))
+    return balance, differ, ranked
+
+
+def _signs(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """int8 [b, r, l] of [b, r] and [b, l]: 1 where the first is greater, -1 where it is less, 0 where they are equal."""
+    first, second = first[:, :, None], second[:, None, :]
     return (first > second).astype(np.int8) - (first < second).astype(np.int8)
 
 

@@ -8,7 +8,8 @@ semantic ones and leaves out the operational ones (how many actors, how large a 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+import json
+from collections.abc import Collection, Mapping
 from typing import Any
 
 STRICT = {"extra": "forbid"}
@@ -53,6 +54,34 @@ def semantic(options: Any) -> dict[str, Any]:
             if left_out := field.metadata.get("operational_keys"):
                 value = {key: item for key, item in value.items() if key not in left_out}
             out[field.name] = _plain(value)
+    return out
+
+
+def changed(options: Any) -> dict[str, Any]:
+    """The options that are not at their default, as plain values, operational ones among them."""
+    out: dict[str, Any] = {}
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        factory = field.default_factory
+        if value == (field.default if factory is dataclasses.MISSING else factory()):
+            continue
+        if dataclasses.is_dataclass(value):
+            out[field.name] = changed(value)
+        elif isinstance(value, list):
+            out[field.name] = [changed(item) if dataclasses.is_dataclass(item) else item for item in value]
+        else:
+            out[field.name] = value
+    return out
+
+
+def by_key(values: Mapping[str, Any]) -> dict[str, str]:
+    """Nested values as text by dotted key, "student.fit.epochs": "2"."""
+    out: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            out |= {f"{name}.{key}": text for key, text in by_key(value).items()}
+        else:
+            out[name] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return out
 
 

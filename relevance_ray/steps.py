@@ -91,7 +91,7 @@ class Chain:
                 outcome.add(step, folder, summary)
                 self._write_latest(outcome)
                 if step == "prepare":
-                    work.check_scales(steps)
+                    work.check_given(steps)
         return outcome
 
     def retry_failed(self) -> Outcome:
@@ -116,6 +116,17 @@ class Chain:
             raise UserError(f"labeling at {self.at.root} is not finished yet; run the configuration first")
         with self._at_work() as work:
             found = measure_scaling(work.training, seeds=seeds, num_sizes=num_sizes, held_out=held_out)
+            refresh_run_report(self.at)
+        return found
+
+    def measure_diversity(self) -> tuple[dict[str, Any], str]:
+        """How diverse the generated pairs are (`chain.diversity.report_diversity`); what it needs is run first."""
+        from relevance_ray.chain.diversity import report_diversity
+        from relevance_ray.chain.report import refresh_run_report
+
+        self.run("generate")
+        with self._at_work() as work, work.tools.progress("diversity", None, "pairs") as progress:
+            found = report_diversity(self.at, progress)
             refresh_run_report(self.at)
         return found
 

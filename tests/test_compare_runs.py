@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from test_evaluation import ESCI, FAST, TitleReader, judged_table
@@ -14,6 +16,7 @@ from tiny_chain import cli
 from relevance_ray.evaluation.evaluate import evaluate_models
 from relevance_ray.evaluation.report.write import write_report
 from relevance_ray.evaluation.runs import read_run
+from relevance_ray.evaluation.slices import SliceContext
 from relevance_ray.storage import join, write_json, write_table
 
 
@@ -22,8 +25,10 @@ def evaluated(root: Path, noise: float, num_queries: int = 60, *, seed: int = 0)
     folder = str(root / "evaluate-1")
     keep = partial(write_table, join(folder, "predictions.parquet"))
     models = {"student": TitleReader(noise=noise), "teacher": TitleReader()}
-    results = evaluate_models(judged_table(num_queries, seed=seed), models, ESCI, FAST, on_predictions=keep)
-    write_report(results, folder)
+    context = SliceContext(pa.table({"query": ["query 1"], "frequency": [1]}), frozenset())
+    judged = judged_table(num_queries, seed=seed)
+    results = evaluate_models(judged, models, ESCI, FAST, on_predictions=keep, context=context)
+    write_report({**results, "settings": {"student.kind": "two_tower", "student.noise": str(noise)}}, folder)
     write_json(str(root / "latest.json"), {"evaluate": folder})
     return root
 
@@ -41,6 +46,11 @@ def test_two_runs_are_compared_on_what_both_judged(tmp_path: Path) -> None:
     own = json.loads((worse / "evaluate-1" / "report.json").read_text())["splits"]["test"]["models"]["student"]
     assert stored["models"]["worse"]["metrics"]["ndcg"]["value"] == pytest.approx(own["metrics"]["ndcg"]["value"])
     assert (tmp_path / "out" / "report.html").is_file()
+    assert "| student.noise | 0.5 | 6.0 |" in done.stdout
+    assert "student.kind" not in done.stdout
+    assert "### Slices, the worst for better first" in done.stdout
+    assert [found["other"] for found in stored["examples"]] == ["worse"]
+    assert stored["examples"][0]["won"][0]["first"]["better"][0]["title"].startswith("product ")
 
 
 def test_another_model_and_equal_names_can_be_told_apart(tmp_path: Path) -> None:
@@ -49,6 +59,23 @@ def test_another_model_and_equal_names_can_be_told_apart(tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     assert "teacher of run beside run (second)" in done.stdout
     assert "cannot be told" in done.stdout
+    assert "The settings of the two are the same." in done.stdout
+
+
+def test_a_split_that_one_run_lacks_is_named(tmp_path: Path) -> None:
+    run, other = evaluated(tmp_path / "run", 1.0), evaluated(tmp_path / "other", 1.0)
+    file = run / "evaluate-1" / "predictions.parquet"
+    table = pq.read_table(file)
+    dev = table.set_column(0, "split", pa.array(["dev"] * table.num_rows))
+    pq.write_table(pa.concat_tables([table, dev]), file)
+    for arguments in ((run, other), (other, run)):
+        assert "Split dev is left out: run alone has it." in cli("compare", *map(str, arguments)).stdout
+
+
+def test_a_copied_run_is_read_from_its_copy(tmp_path: Path) -> None:
+    run = evaluated(tmp_path / "run", 1.0)
+    copied = shutil.copytree(run, tmp_path / "copied")
+    assert read_run(str(copied)).folder == f"{copied}/evaluate-1"
 
 
 def test_a_run_that_was_moved_is_found(tmp_path: Path) -> None:

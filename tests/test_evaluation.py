@@ -29,10 +29,11 @@ from relevance_ray.evaluation.significance import (
     holm,
     means_over_queries,
     percentile_interval,
+    permutations_drawn,
     randomization_test,
     resample_counts,
 )
-from relevance_ray.evaluation.slices import SliceContext, find_slices, slice_reports
+from relevance_ray.evaluation.slices import SliceContext, find_slices, read_slices, slice_columns, slice_reports
 from relevance_ray.metrics import group_offsets
 from relevance_ray.model_folder import ModelInfo
 from relevance_ray.schema import JUDGED_GROUP, PRODUCT, SCALES, pair_id, product_fields
@@ -215,9 +216,9 @@ def test_perfect_grades_have_an_f1_of_one():
     perfect = Predictions(pairs.classes.astype(float), pairs.classes, pairs.relevant.astype(float))
     metrics = compare_predictions(pairs, {"m": perfect}, ESCI, FAST)["models"]["m"]["metrics"]
     assert {name: found["value"] for name, found in metrics.items()} == {
-        name: 0.0 if name in ("calibration_error", "brier") else pytest.approx(1.0) for name in metrics
+        name: 0.0 if "calibration_error" in name or "brier" in name else pytest.approx(1.0) for name in metrics
     }
-    assert len(metrics) == 15
+    assert len(metrics) == 17
 
 
 def test_a_pair_that_a_model_refuses_is_ranked_last_and_counted():
@@ -311,7 +312,8 @@ def sliced_pairs():
 
 
 def test_slices_are_cut_by_query_and_by_product():
-    found = {(s.dimension, s.name): np.flatnonzero(s.pairs).tolist() for s in find_slices(*sliced_pairs(), FAST.slices)}
+    slices = find_slices(*sliced_pairs(), FAST.slices)
+    found = {(s.dimension, s.name): np.flatnonzero(s.pairs).tolist() for s in slices if s.pairs.any()}
     assert found == {
         ("frequency", "head"): [0, 1, 2],
         ("frequency", "not in the log"): [3, 4, 5, 6, 7, 8],
@@ -328,8 +330,16 @@ def test_slices_are_cut_by_query_and_by_product():
         ("missing", "no color"): list(range(9)),
         ("missing", "no description"): [1, 2, 4, 5, 7, 8],
     }
+    assert [f"{s.dimension}: {s.name}" for s in slices if not s.pairs.any()] == [
+        "frequency: torso",
+        "frequency: tail",
+        "length: 1 word",
+        "length: 3 words",
+        "length: 6 and more words",
+        "brand: no brand",
+    ]
     pairs, context = sliced_pairs()
-    assert [s.name for s in find_slices(pairs, context, ["missing"])][:3] == [
+    assert [s.name for s in find_slices(pairs, context, ["missing"]) if s.pairs.any()][:3] == [
         "no color",
         "no category",
         "no description",
@@ -337,20 +347,21 @@ def test_slices_are_cut_by_query_and_by_product():
 
 
 def test_a_slice_is_measured_on_its_pairs_alone_and_the_worst_comes_first(monkeypatch):
-    monkeypatch.setattr("relevance_ray.evaluation.slices.MIN_QUERIES", 2)
+    for module in ("slices", "compare"):
+        monkeypatch.setattr(f"relevance_ray.evaluation.{module}.MIN_QUERIES", 2)
     pairs, context = sliced_pairs()
     wrong_on_long = np.array([3.0, 2.0, 1.0] + [1.0, 2.0, 3.0] * 2)
     predictions = {"student": Predictions(wrong_on_long), "teacher": Predictions(pairs.gains)}
     slices = find_slices(pairs, context, ["length", "brand", "language"])
     reports = slice_reports(pairs, predictions, slices, ESCI, FAST)
-    assert [(r["slice"], r["num_queries"], r["num_pairs"]) for r in reports] == [
+    assert [(r["slice"], r["num_queries"], r["num_pairs"]) for r in reports if r["num_pairs"]] == [
         ("4 or 5 words", 2, 6),
         ("judged in training", 3, 6),
         ("2 words", 1, 3),
         ("new to training", 0, 3),
         ("en", 3, 9),
     ]
-    worst, brand, few, none, whole = reports
+    worst, brand, few, none, whole = (report for report in reports if report["num_pairs"])
     assert worst["models"]["student"]["metrics"]["pairwise_accuracy"]["value"] == 0.0
     assert brand["models"]["student"]["metrics"]["pairwise_accuracy"]["value"] == pytest.approx(1 / 3)
     assert difference(worst, "pairwise_accuracy", "student", "teacher")["difference"] == -1.0
@@ -360,6 +371,54 @@ def test_a_slice_is_measured_on_its_pairs_alone_and_the_worst_comes_first(monkey
     assert "| length: 4 or 5 words | 2 | 6 | 0.000 [0.000, 0.000] |" in markdown
     assert "Of too few queries to measure: length: 2 words (1); brand: new to training (0)." in markdown
     assert "All pairs fall into one slice: language: en." in markdown
+    assert (
+        "Slices without a pair: length: 1 word; length: 3 words; length: 6 and more words; brand: no brand." in markdown
+    )
+
+
+def test_slices_are_read_back_from_their_columns():
+    pairs, context = sliced_pairs()
+    slices = [each for each in find_slices(pairs, context, FAST.slices) if each.pairs.any()]
+    table = pa.table({"product_id": pairs.product_ids, **slice_columns(slices, pairs.num_pairs)})
+    back = read_slices(table)
+    assert {(s.dimension, s.name): s.pairs.tolist() for s in back} == {
+        (s.dimension, s.name): s.pairs.tolist() for s in slices
+    }
+    kept = read_slices(table.take([0, 5]))
+    assert {(s.dimension, s.name): s.pairs.tolist() for s in kept}["brand", "new to training"] == [False, True]
+
+
+def test_a_handful_of_queries_gets_no_interval_and_proves_nothing():
+    pairs = flatten(judged_table(3), ESCI)
+    rng = np.random.default_rng(0)
+    predictions = {"student": Predictions(pairs.gains), "teacher": Predictions(rng.normal(size=pairs.num_pairs))}
+    split = compare_predictions(pairs, predictions, ESCI, FAST)
+    assert split["models"]["student"]["metrics"]["ndcg"] == {"value": 1.0, "low": None, "high": None}
+    sentence = verdict("test", split, "student", "teacher")
+    assert sentence.startswith("3 queries are too few to tell the student from the teacher on test nDCG: +0.")
+
+
+def test_a_shift_of_probabilities_within_queries_is_seen_though_the_pool_hides_it():
+    """Half of the queries hold relevant products only, half none; the model says .5 of everything."""
+    relevant = np.repeat([True, False] * 10, 4)
+    offsets = group_offsets([4] * 20)
+    pairs = Judgments(offsets, relevant.astype(float), relevant.astype(int), relevant)
+    said = Predictions(np.zeros(80), relevant.astype(int), np.full(80, 0.5))
+    parts = measure(pairs, said, 2, [10], [0.9])
+    found = {metric: value for part in parts for metric, value in zip(part.names, part.values, strict=True)}
+    assert found["calibration_error"] == pytest.approx(0.0)
+    assert found["query_calibration_error"] == pytest.approx(0.5)
+    assert found["query_brier"] == found["brier"] == pytest.approx(0.25)
+
+
+def test_fewer_permutations_than_asked_for_are_told():
+    pairs = flatten(judged_table(6), ESCI)
+    predictions = {name: Predictions(pairs.gains) for name in ("student", "teacher")}
+    results = as_results({"test": compare_predictions(pairs, predictions, ESCI, FAST)}, ESCI, FAST)
+    assert "over queries (10,000 sign assignments);" in render_markdown(results, title="t", about={})
+    results["splits"]["test"]["num_permutations"] = permutations_drawn(10_000, 40_000)
+    told = "over queries (10,000 sign assignments; 2,000 on test, for its many queries);"
+    assert told in render_markdown(results, title="t", about={})
 
 
 def test_the_verdict_claims_nothing_within_the_noise():

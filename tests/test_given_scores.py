@@ -109,3 +109,14 @@ def test_names_are_taken_once_and_a_file_must_be_there(tmp_path: Path, encoder: 
     config = build_config(values(tmp_path / "root", encoder), ["evaluate.scores={engine: nope.csv}"])
     with pytest.raises(UserError, match=r"evaluate\.scores\.engine nope.csv does not exist"):
         Chain(config).preflight()
+
+
+def test_a_file_that_scores_nothing_that_is_judged_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    engine = GivenScores(scores_file(tmp_path / "engine.csv"), ESCI)
+    engine.check([DEV, TEST], "evaluate.scores.engine engine.csv")
+    path = tmp_path / "others.csv"
+    path.write_text("query,product_id,logit\nno such query,0,1.5\n")
+    with pytest.raises(
+        UserError, match=r"evaluate.scores.engine others.csv scores none of the judged pairs; its query"
+    ):
+        GivenScores(path, ESCI).check([DEV, TEST], "evaluate.scores.engine others.csv")

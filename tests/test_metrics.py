@@ -252,3 +252,13 @@ def test_a_pair_that_could_not_be_scored_comes_last_and_nan_is_refused():
     assert ndcg(gains, np.array([2.0, 1.0, -np.inf]), offsets) == pytest.approx([1.0])
     with pytest.raises(ValueError, match="NaN"):
         ndcg(gains, np.array([2.0, 1.0, np.nan]), offsets)
+
+
+def test_a_long_list_is_compared_in_parts_that_agree_with_the_whole(monkeypatch) -> None:
+    rng = np.random.default_rng(11)
+    offsets = group_offsets([300, 7, 300, 41])
+    gains, scores = rng.integers(0, 4, offsets[-1]) / 3, rng.normal(size=offsets[-1]).round(1)
+    whole = Ranking(scores, offsets).concordance(gains)
+    monkeypatch.setattr("relevance_ray.metrics.MAX_BLOCK_VALUES", 1000)
+    for parts, at_once in zip(Ranking(scores, offsets).concordance(gains), whole, strict=True):
+        np.testing.assert_array_equal(parts, at_once)

@@ -82,6 +82,18 @@ def test_prepare_writes_every_file_in_its_schema(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_judgments_that_repeat_a_pair_are_counted_and_other_grades_named(tmp_path: Path) -> None:
+    once = esci_judgments()
+    other = esci_judgments(esci_label=["I"] * NUM_QUERIES)
+    judged = pa.concat_tables([once, once.slice(7, 3), other.slice(20, 1)])
+    summary = prepare(write_esci(tmp_path / "esci", judgments=judged), tmp_path / "out")
+    assert summary["repeated_judgments_dropped"] == 4
+    conflict = summary["of_another_grade"]
+    assert conflict["count"] == 1
+    assert conflict["first"][0].endswith(f"row 64: query {QUERIES[20]!r}, product 'B0' is I, in row 21 E")
+    assert summary["judgments"] == NUM_QUERIES
+
+
 def test_prepare_twice_gives_the_same_files(tmp_path: Path) -> None:
     options = write_esci(tmp_path / "esci")
     assert prepare(options, tmp_path / "a") == prepare(options, tmp_path / "b") == prepare(options, tmp_path / "a")

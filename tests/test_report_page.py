@@ -12,21 +12,23 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from relevance_ray.evaluation.compare import compare_predictions
 from relevance_ray.evaluation.curves import MAX_POINTS, curves
-from relevance_ray.evaluation.evaluate import as_results
+from relevance_ray.evaluation.evaluate import as_results, report_split
 from relevance_ray.evaluation.examples import won_and_lost
 from relevance_ray.evaluation.judged import JudgedPairs
 from relevance_ray.evaluation.measure import Predictions
 from relevance_ray.evaluation.options import EvaluateOptions
 from relevance_ray.evaluation.report.page import render_html
 from relevance_ray.evaluation.scaling import scaling_report
-from relevance_ray.evaluation.slices import SliceContext, find_slices, slice_reports
+from relevance_ray.evaluation.slices import SliceContext, find_slices
 from relevance_ray.metrics import group_offsets
 from relevance_ray.schema import SCALES
 
-ESCI, FAST = SCALES["esci"], EvaluateOptions(num_resamples=50, num_permutations=50)
+ESCI, FAST = SCALES["esci"], EvaluateOptions(num_resamples=50, num_permutations=2000)
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+OPTIONS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+OPTIONS += ["--disable-component-update", "--disable-sync"]
+OTHERS = ("teacher", "bm25")
 SNIPPET = "<script>alert('shoes')</script>"
 
 
@@ -62,19 +64,18 @@ def predictions_of(pairs: JudgedPairs) -> dict[str, Predictions]:
 def results() -> dict[str, Any]:
     pairs = judged()
     predictions = predictions_of(pairs)
-    split = compare_predictions(pairs, predictions, ESCI, FAST)
-    for name, found in predictions.items():
-        split["models"][name] |= curves(pairs, found)
-    split["examples"] = won_and_lost(pairs, predictions, ESCI)
     context = SliceContext(pa.table({"query": ["query number 1"], "frequency": [3]}), frozenset())
     slices = find_slices(pairs, context, FAST.slices)
-    split["slices"] = slice_reports(
-        pairs, {name: predictions[name] for name in ("student", "teacher")}, slices, ESCI, FAST
-    )
+    split = report_split(pairs, predictions, slices, ESCI, FAST, "student", OTHERS)
     values = {size: np.linspace(0.4, 0.8 + level, 40) for level, size in enumerate((100, 200, 400))}
     scaling = scaling_report({size: values[size][None] / 3 for size in values}, {"teacher": np.full(40, 0.5)})
     diversity = {"groups": 50, "pairs": 400, "lines": ["warning: queries are longer than the log's"]}
-    return {**as_results({"test": split}, ESCI, FAST), "scaling": scaling, "diversity": diversity}
+    return {
+        **as_results({"test": split}, ESCI, FAST, "student", OTHERS),
+        "scaling": scaling,
+        "diversity": diversity,
+        "settings": {"student.kind": "two_tower"},
+    }
 
 
 @pytest.fixture(scope="module")
@@ -92,11 +93,16 @@ def test_the_page_holds_all_it_shows_and_runs_nothing(page: str) -> None:
 
 
 def test_the_page_shows_what_a_report_is_for(page: str, results: dict[str, Any]) -> None:
-    assert "The student passes the teacher on test nDCG" in page
+    for other in OTHERS:
+        assert f"The student passes the {other} on test nDCG" in page
+        assert f"<th>minus {other}</th>" in page
+        assert f"won and lost against the {other}" in page
     value = results["splits"]["test"]["models"]["teacher"]["metrics"]["ndcg"]["value"]
     assert f"<td>{value:.3f}<br>" in page
     for part in (
         "What was run",
+        "<dt>student.kind</dt><dd>two_tower</dd>",
+        "calibration error by query",
         "All metrics",
         "Kendall&#39;s tau",
         "Slices, the worst",
@@ -111,14 +117,15 @@ def test_the_page_shows_what_a_report_is_for(page: str, results: dict[str, Any])
 
 
 def test_queries_won_and_lost_are_the_largest_differences(results: dict[str, Any]) -> None:
-    found = results["splits"]["test"]["examples"]
+    found, against_bm25 = results["splits"]["test"]["examples"]
+    assert against_bm25["other"] == "bm25"
     assert found["num_won"] + found["num_lost"] + found["num_equal"] == 40
     differences = [row["ndcg"]["student"] - row["ndcg"]["teacher"] for row in found["won"] + found["lost"][::-1]]
     assert differences == sorted(differences, reverse=True)
     assert differences[4] > 0 > differences[5]
     assert all(len(products) == 3 for products in found["won"][0]["first"].values())
     pairs = judged()
-    assert won_and_lost(pairs, {"student": Predictions(pairs.gains)}, ESCI) is None
+    assert won_and_lost(pairs, {"student": Predictions(pairs.gains)}, ESCI, "student", "teacher") is None
 
 
 def test_curves_end_where_all_is_accepted() -> None:
@@ -141,9 +148,7 @@ def test_no_line_runs_out_of_a_phone_or_a_screen(page: str, tmp_path: Path, widt
     probe = "<script>document.body.dataset.overflow = document.documentElement.scrollWidth - window.innerWidth</script>"
     file = tmp_path / "report.html"
     file.write_text(page.replace("</body>", f"{probe}</body>"), encoding="utf-8")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-    options += ["--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}"]
-    command = [str(CHROMIUM), *options, f"--window-size={width},2000"]
+    command = [str(CHROMIUM), *OPTIONS, f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},2000"]
     done = subprocess.run([*command, "--dump-dom", str(file)], capture_output=True, text=True, timeout=120, check=True)
     found = re.search(r'data-overflow="(-?\d+)"', done.stdout)
     assert found is not None
@@ -155,3 +160,18 @@ def test_no_line_runs_out_of_a_phone_or_a_screen(page: str, tmp_path: Path, widt
     pixels = matplotlib.image.imread(picture)
     assert pixels.shape[1] == width
     assert 0.01 < (pixels[..., :3].min(axis=-1) < 0.5).mean() < 0.5  # ink
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_print_unfolds_what_the_screen_folds(page: str, tmp_path: Path) -> None:
+    """As many pages as when all is unfolded by hand, and more than when none is."""
+
+    def pages(name: str, text: str) -> int:
+        source, target = tmp_path / f"{name}.html", tmp_path / f"{name}.pdf"
+        source.write_text(text, encoding="utf-8")
+        options = [*OPTIONS, f"--user-data-dir={tmp_path / 'profile'}", f"--print-to-pdf={target}"]
+        subprocess.run([str(CHROMIUM), *options, str(source)], capture_output=True, timeout=120, check=True)
+        return len(re.findall(rb"/Type\s*/Page\b", target.read_bytes()))
+
+    folded = re.sub(r"(?s)(<details[^>]*><summary>.*?</summary>).*?</details>", r"\1</details>", page)
+    assert pages("folded", folded) < pages("printed", page) == pages("open", page.replace("<details", "<details open"))

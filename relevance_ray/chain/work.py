@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from relevance_ray.chain.tools import StepTools
 from relevance_ray.chain.trainings import TrainingWork
 from relevance_ray.errors import UserError
 from relevance_ray.model_folder import read_model_info
+from relevance_ray.options import by_key, changed
 from relevance_ray.storage import (
     CommitLog,
     is_remote,
@@ -65,14 +66,21 @@ class StepWork:
         write_json(join(folder, "step.json"), marker)
         return summary
 
-    def check_scales(self, steps: Collection[str]) -> None:
-        """Refuse models whose grades are others than the prepared data's, before any of the steps after `prepare`."""
-        from relevance_ray.data.prepare import read_scale
+    def check_given(self, steps: Collection[str]) -> None:
+        """Refuse models whose grades are others than the prepared data's, and files of scores that do not fit it, before any
+        of the steps after `prepare`."""
+        from relevance_ray.data.prepare import read_judged, read_scale
+        from relevance_ray.evaluation.given_scores import GivenScores
 
         models = self.config.given_models(steps)
-        scale = read_scale(self.tools.prepared()) if models else None
+        files = self.config.evaluate.scores if "evaluate" in steps else {}
+        if not models and not files:
+            return
+        scale = read_scale(self.tools.prepared())
+        for name, path in files.items():
+            judged = [read_judged(self.tools.prepared(), split) for split in self.config.evaluate.splits]
+            GivenScores(localize(path), scale).check(judged, f"evaluate.scores.{name} {path}")
         for key, model in models.items():
-            assert scale is not None
             given = read_model_info(model).scale
             if (given.grades, given.gains) != (scale.grades, scale.gains):
                 raise UserError(
@@ -88,6 +96,8 @@ class StepWork:
             summary = prepare(self.config.data, local, progress)
         if untitled := summary["products_without_title"]:
             self.tools.say(f"prepare: {untitled:,} of {summary['products']:,} products have no title")
+        if repeated := _about_repeats(summary):
+            self.tools.say(f"prepare: {repeated}; {'; '.join(summary['of_another_grade']['first'])}".rstrip("; "))
         if is_remote(folder):
             publish_folder(local, folder)
         return summary
@@ -200,9 +210,10 @@ class StepWork:
 
         prepared = self.tools.prepared()
         judged, scale = read_judged(prepared), read_scale(prepared)
-        # First what the user may have to mend: students may be trained for the models.
-        dev = read_judged(prepared, "dev")
-        scores = {name: GivenScores(localize(path), scale, dev) for name, path in self.config.evaluate.scores.items()}
+        dev, method = read_judged(prepared, "dev"), self.config.student.calibration
+        scores = {
+            name: GivenScores(localize(path), scale, dev, method) for name, path in self.config.evaluate.scores.items()
+        }
         models: dict[str, Asked] = {name: load_pair_model(path) for name, path in self.training.models().items()}
         with self.tools.progress("evaluate", None, "pairs") as progress:
             results = evaluate_models(
@@ -213,7 +224,9 @@ class StepWork:
                 on_progress=progress.advance,
                 on_predictions=partial(write_table, join(folder, "predictions.parquet")),
                 context=SliceContext.of(read_whole_log(prepared), read_judged(prepared, "train")),
+                others=("teacher", *scores),
             )
+        results["settings"] = by_key({key: value for key, value in changed(self.config).items() if key != "storage"})
         return {
             "report": write_run_report(self.at, results, self._about()),
             "splits": {
@@ -225,8 +238,10 @@ class StepWork:
     def _about(self) -> dict[str, str]:
         config = self.config
         labels = read_json(join(self.at.folder("label"), "step.json"))["summary"]
+        prepared = read_json(join(self.at.folder("prepare"), "step.json"))["summary"]
+        data = [f"{config.data.format} {config.data.path or config.data.market_size}", _about_repeats(prepared)]
         return {
-            "data": f"{config.data.format} {config.data.path or config.data.market_size}",
+            "data": ", ".join(filter(None, data)),
             "teacher": self._about_teacher(),
             "labeled pairs": f"{labels['pairs']:,} ({labels['errors']:,} failed)",
             "student": f"{config.student.kind} {config.student.model}, level weight {config.student.level_weight}",
@@ -243,3 +258,11 @@ class StepWork:
             member.kind if member.kind == "bm25" else f"{member.kind} {member.model}" for member in teacher.members
         )
         return f"ensemble of {', '.join(members)}"
+
+
+def _about_repeats(prepared: Mapping[str, Any]) -> str:
+    """What was done about pairs that are judged twice; "" where none is."""
+    if not (repeated := prepared["repeated_judgments_dropped"]):
+        return ""
+    conflicts = prepared.get("of_another_grade", {}).get("count", 0)
+    return f"{repeated:,} judgments repeat a pair and were dropped, {conflicts:,} of them with another grade than the first"

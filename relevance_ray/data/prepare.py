@@ -28,6 +28,8 @@ from relevance_ray.errors import UserError
 from relevance_ray.schema import JUDGED_GROUP, JUDGMENT, QUERY, LabelScale, normalize_query, pair_id, product_fields
 
 PRODUCTS_PER_FILE = 500_000
+NAMED = 3
+"""Of what was dropped for a reason, so many are told one by one."""
 HELD_OUT_LOG = "held_out_log.parquet"
 
 
@@ -52,13 +54,13 @@ def prepare(options: DataOptions, out_dir: Path, progress: ProgressLine | None =
     """
     source = open_source(options)
     if options.is_judged:
-        judgments, repeated = _checked_judgments(source)
+        judgments, repeated, conflicts = _checked_judgments(source)
         judgments, leaking = assign_splits(
             judgments, options.test_percent, options.dev_percent, folds=options.folds, fold=options.fold
         )
         check_no_leak(judgments)
     else:
-        judgments, repeated, leaking = source.judgments, 0, 0
+        judgments, repeated, conflicts, leaking = source.judgments, 0, [], 0
     judgments = _with_soft_targets(judgments, source, options.label_smoothing)
     out_dir.mkdir(parents=True, exist_ok=True)
     staging = out_dir / "staging"
@@ -86,6 +88,7 @@ def prepare(options: DataOptions, out_dir: Path, progress: ProgressLine | None =
         "judged_content": judged_content,
         "queries_by_split": {name: pc.sum(pc.equal(groups["split"], name), min_count=0).as_py() for name in SPLITS},
         "repeated_judgments_dropped": repeated,
+        "of_another_grade": {"count": len(conflicts), "first": conflicts[:NAMED]},
         "leaking_judgments_dropped": leaking,
         **log,
     }
@@ -141,12 +144,14 @@ def read_whole_log(folder: str | Path) -> pa.Table:
     return pa.concat_tables(tables)
 
 
-def _checked_judgments(source: Source) -> tuple[pa.Table, int]:
-    """The judgments without exact repeats of a pair (the first stays), and how many those were."""
+def _checked_judgments(source: Source) -> tuple[pa.Table, int, list[str]]:
+    """The judgments without repeats of a pair (the first stays), how many those were, and a line for each that gives its
+    pair another grade than the first."""
     table, name, scale = source.judgments, source.judgments_name, source.scale
     if not table.num_rows:
         raise UserError(f"{name} holds no judgment; the teacher is trained on them and every model is measured by them")
-    seen: set[tuple[str, str]] = set()
+    first: dict[tuple[str, str], tuple[str, int]] = {}
+    conflicts: list[str] = []
     known: set[str] = set()
     keep: list[bool] = []
     columns = [table[column].to_pylist() for column in ("query_id", "query", "product_id", "grade", "row")]
@@ -161,10 +166,14 @@ def _checked_judgments(source: Source) -> tuple[pa.Table, int]:
             except UserError as error:
                 raise UserError(f"{name}, row {row}: {error}; mend the row or the scale") from error
             known.add(grade)
-        keep.append((query_id, product_id) not in seen)
-        seen.add((query_id, product_id))
+        keep.append((query_id, product_id) not in first)
+        first_grade, first_row = first.setdefault((query_id, product_id), (grade, row))
+        if first_grade != grade:
+            conflicts.append(
+                f"{name}, row {row}: query {query!r}, product {product_id!r} is {grade}, in row {first_row} {first_grade}"
+            )
     _refuse_two_queries_of_one_id(columns[0], columns[1], columns[4], name)
-    return table.filter(pa.array(keep)), keep.count(False)
+    return table.filter(pa.array(keep)), keep.count(False), conflicts
 
 
 def _refuse_two_queries_of_one_id(ids: list[str], queries: list[str], rows: list[int], name: str) -> None:

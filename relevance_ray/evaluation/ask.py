@@ -79,17 +79,21 @@ def random_predictions(num_pairs: int) -> Predictions:
     return Predictions(np.zeros(num_pairs))
 
 
-def predictions_table(split: str, pairs: JudgedPairs, predictions: Mapping[str, Predictions]) -> pa.Table:
-    """What every model said of every pair: `split`, `query_id`, `query`, `product_id`, `gain`, `true_class`, and for each
-    model `NAME.logit` (null where it could not score the pair), `NAME.class` and `NAME.probability` (null without
-    calibration)."""
+def predictions_table(
+    split: str, pairs: JudgedPairs, predictions: Mapping[str, Predictions], beside: Mapping[str, pa.Array]
+) -> pa.Table:
+    """What every model said of every pair: `split`, `query_id`, `query`, `product_id`, `title`, `gain`, `true_class`, the
+    columns `beside`, and for each model `NAME.logit` (null where it could not score the pair), `NAME.class` and
+    `NAME.probability` (null without calibration)."""
     columns: dict[str, Any] = {
         "split": [split] * pairs.num_pairs,
         "query_id": np.repeat(pairs.query_ids, np.diff(pairs.offsets)),
         "query": pairs.queries,
         "product_id": pairs.product_ids,
+        "title": [str(product.get("title") or "") for product in pairs.products],
         "gain": pairs.gains,
         "true_class": pairs.classes,
+        **beside,
     }
     for name, found in predictions.items():
         columns[f"{name}.logit"] = pa.array(found.logits, pa.float64(), mask=np.isneginf(found.logits))

@@ -14,9 +14,19 @@ import numpy as np
 from relevance_ray.evaluation.judged import Judgments
 from relevance_ray.evaluation.measure import Measured, Predictions, measure
 from relevance_ray.evaluation.options import EvaluateOptions
-from relevance_ray.evaluation.significance import holm, percentile_interval, randomization_test, resample_blocks
+from relevance_ray.evaluation.significance import (
+    MIN_QUERIES,
+    holm,
+    percentile_interval,
+    permutations_drawn,
+    randomization_test,
+    resample_blocks,
+)
 from relevance_ray.metrics import count_by_query
 from relevance_ray.schema import LabelScale
+
+LEVEL = 0.05
+"""Of every test of a difference."""
 
 
 def compare_predictions(
@@ -31,13 +41,13 @@ def compare_predictions(
     Returns:
         Plain JSON values, None for undefined::
 
-            {"num_queries", "num_pairs", "num_queries_without_gain", "num_queries_without_relevant",
+            {"num_queries", "num_pairs", "num_queries_without_gain", "num_queries_without_relevant", "num_permutations",
              "models": {name: {"num_failed", "errors", "pairs_per_second",
                                "metrics": {metric: {"value", "low", "high"}}}},
              "differences": [{"metric", "model", "other", "difference", "low", "high", "p", "p_holm"}]}
 
-        `p` is the randomization test's, of metrics that are means over queries; `p_holm` holds it against the comparisons
-        of all models by that metric.
+        What tells of fewer than `significance.MIN_QUERIES` queries has no interval. `p` is the randomization test's, of
+        metrics that are means over queries; `p_holm` holds it against the comparisons of all models by that metric.
     """
     measured = {
         name: measure(pairs, prediction, scale.num_classes, options.ks, options.precisions)
@@ -51,7 +61,10 @@ def compare_predictions(
     models: dict[str, Any] = {}
     for name, prediction in predictions.items():
         names = [metric for part in measured[name] for metric in part.names]
-        seen, drawn = np.concatenate([part.values for part in measured[name]]), np.concatenate(draws[name]).T
+        seen, number = (
+            np.concatenate([getattr(part, of) for part in measured[name]]) for of in ("values", "num_queries")
+        )
+        drawn = np.where(number < MIN_QUERIES, np.nan, np.concatenate(draws[name])).T
         values[name] = {metric: (float(value), draw) for metric, value, draw in zip(names, seen, drawn, strict=True)}
         models[name] = {
             "num_failed": prediction.num_failed,
@@ -79,6 +92,7 @@ def compare_predictions(
         "num_pairs": pairs.num_pairs,
         "num_queries_without_gain": int((gain == 0).sum()),
         "num_queries_without_relevant": int((relevant == 0).sum()),
+        "num_permutations": permutations_drawn(options.num_permutations, pairs.num_queries),
         "models": models,
         "differences": differences,
     }
@@ -88,15 +102,17 @@ def _p_values(
     measured: Mapping[str, Sequence[Measured]], options: EvaluateOptions
 ) -> dict[tuple[str, str, str], dict[str, float | None]]:
     """(metric, model, other) -> "p" and "p_holm" of the metrics that are means over queries."""
-    ranking = {name: part for name, parts in measured.items() for part in parts if part.by_query is not None}
+    by_query = {
+        name: {part.names: part.by_query for part in parts if part.by_query is not None}
+        for name, parts in measured.items()
+    }
     found: dict[str, dict[tuple[str, str], float]] = {}
-    for model, other in itertools.combinations(ranking, 2):
-        own, others = ranking[model].by_query, ranking[other].by_query
-        assert own is not None
-        assert others is not None
-        p_values = randomization_test(own - others, options.num_permutations, options.seed)
-        for metric, p in zip(ranking[model].names, p_values.tolist(), strict=True):
-            found.setdefault(metric, {})[model, other] = p
+    for model, other in itertools.combinations(measured, 2):
+        for metrics in by_query[model].keys() & by_query[other].keys():
+            difference_by_query = by_query[model][metrics] - by_query[other][metrics]
+            p_values = randomization_test(difference_by_query, options.num_permutations, options.seed)
+            for metric, p in zip(metrics, p_values.tolist(), strict=True):
+                found.setdefault(metric, {})[model, other] = p
     return {
         (metric, *key): {"p": _or_none(by_pair[key]), "p_holm": _or_none(corrected)}
         for metric, by_pair in found.items()
@@ -111,6 +127,12 @@ def _or_none(value: float) -> float | None:
 def _with_interval(key: str, value: float, samples: np.ndarray) -> dict[str, float | None]:
     low, high = percentile_interval(samples)
     return {name: _or_none(v) for name, v in ((key, value), ("low", low), ("high", high))}
+
+
+def is_sure(found: Mapping[str, float | None], *, corrected: bool = True) -> bool:
+    """Whether a `difference` can be told from 0: by its interval, and by its p where it has one."""
+    low, high, p = (found.get(name) for name in ("low", "high", "p_holm" if corrected else "p"))
+    return low is not None and high is not None and (low > 0 or high < 0) and (p is None or p < LEVEL)
 
 
 def difference(split: Mapping[str, Any], metric: str, model: str, other: str) -> dict[str, float | None] | None:

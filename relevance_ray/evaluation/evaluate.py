@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -12,14 +12,11 @@ from relevance_ray.evaluation.ask import Asked, predict, predictions_table, rand
 from relevance_ray.evaluation.compare import compare_predictions
 from relevance_ray.evaluation.curves import curves
 from relevance_ray.evaluation.examples import won_and_lost
-from relevance_ray.evaluation.judged import flatten, of_split
-from relevance_ray.evaluation.measure import metric_names
+from relevance_ray.evaluation.judged import JudgedPairs, flatten, of_split
+from relevance_ray.evaluation.measure import Predictions, metric_names
 from relevance_ray.evaluation.options import EvaluateOptions
-from relevance_ray.evaluation.slices import SliceContext, find_slices, slice_reports
+from relevance_ray.evaluation.slices import Slice, SliceContext, find_slices, slice_columns, slice_reports
 from relevance_ray.schema import LabelScale
-
-SLICED = ("student", "teacher")
-"""The models that slices are measured of."""
 
 
 def evaluate_models(
@@ -30,22 +27,23 @@ def evaluate_models(
     on_progress: Callable[[int], object] | None = None,
     on_predictions: Callable[[pa.Table], object] | None = None,
     context: SliceContext | None = None,
+    model: str = "student",
+    others: Sequence[str] = ("teacher",),
 ) -> dict[str, Any]:
     """Score and compare models on each split of a JUDGED_GROUP table.
 
     Args:
         judged: human judgments, with their split.
-        models: name -> model, in the order of the report; the first one is what others are compared with there.
+        models: name -> model, in the order of the report.
         options: metrics, splits and intervals; "random" among `options.baselines` adds random order.
         on_progress: called with the number of pairs just scored.
         on_predictions: called once with `predictions_table` of all splits.
         context: what slices need to know; None leaves them out.
+        model: the one that the report is about.
+        others: those that it is held against in words, by slice and by example, as far as they are measured.
 
     Returns:
-        `{"scale", "metrics", "num_resamples", "seed", "splits": {split: see compare_predictions}}`, plain JSON values;
-        each model also has what `curves.curves` gives, each split `examples` (`examples.won_and_lost`), and with a
-        `context` `slices` (`slices.slice_reports`, of the student and the teacher). A split without judgments is left
-        out.
+        What `as_results` gives of the splits. A split without judgments is left out.
 
     Raises:
         UserError: none of the splits holds a judgment, or a grade is not on the scale.
@@ -60,15 +58,9 @@ def evaluate_models(
         predictions = {name: predict(model, pairs, on_progress) for name, model in models.items()}
         if "random" in options.baselines:
             predictions["random"] = random_predictions(pairs.num_pairs)
-        tables.append(predictions_table(split, pairs, predictions))
-        splits[split] = compare_predictions(pairs, predictions, scale, options)
-        for name, found in predictions.items():
-            splits[split]["models"][name] |= curves(pairs, found)
-        splits[split]["examples"] = won_and_lost(pairs, predictions, scale)
-        if context is not None:
-            slices = find_slices(pairs, context, options.slices)
-            compared = {name: predictions[name] for name in SLICED if name in predictions}
-            splits[split]["slices"] = slice_reports(pairs, compared, slices, scale, options)
+        slices = [] if context is None else find_slices(pairs, context, options.slices)
+        tables.append(predictions_table(split, pairs, predictions, slice_columns(slices, pairs.num_pairs)))
+        splits[split] = report_split(pairs, predictions, slices, scale, options, model, others)
     if not splits:
         raise UserError(
             f"no judgment to evaluate on: none lies in split {' or '.join(options.splits)}; "
@@ -76,15 +68,46 @@ def evaluate_models(
         )
     if on_predictions is not None:
         on_predictions(pa.concat_tables(tables))
-    return as_results(splits, scale, options)
+    return as_results(splits, scale, options, model, others)
 
 
-def as_results(splits: Mapping[str, Any], scale: LabelScale, options: EvaluateOptions) -> dict[str, Any]:
-    """What reports are written from: comparisons by split (or other name), with what is needed to read them."""
+def report_split(
+    pairs: JudgedPairs,
+    predictions: Mapping[str, Predictions],
+    slices: Sequence[Slice],
+    scale: LabelScale,
+    options: EvaluateOptions,
+    model: str,
+    others: Sequence[str],
+) -> dict[str, Any]:
+    """What is told of one split: `compare_predictions`, to each model what `curves.curves` gives, and of the model against
+    the others `examples` (`examples.won_and_lost`, one for each other) and `slices` (`slices.slice_reports`)."""
+    split = compare_predictions(pairs, predictions, scale, options)
+    for name, found in predictions.items():
+        split["models"][name] |= curves(pairs, found)
+    examples = (won_and_lost(pairs, predictions, scale, model, other) for other in others)
+    split["examples"] = [found for found in examples if found is not None]
+    sliced = {name: predictions[name] for name in (model, *others) if name in predictions}
+    split["slices"] = slice_reports(pairs, sliced, slices, scale, options, model)
+    return split
+
+
+def as_results(
+    splits: Mapping[str, Any],
+    scale: LabelScale,
+    options: EvaluateOptions,
+    model: str = "student",
+    others: Sequence[str] = ("teacher",),
+) -> dict[str, Any]:
+    """What reports are written from, plain JSON values: what was found of each split (or other part), which model it is
+    about and which others that is held against, and what is needed to read the figures."""
     return {
+        "model": model,
+        "others": list(others),
         "scale": scale.to_dict(),
         "metrics": metric_names(options.ks, options.precisions),
         "num_resamples": options.num_resamples,
+        "num_permutations": options.num_permutations,
         "seed": options.seed,
         "splits": dict(splits),
     }

@@ -20,8 +20,8 @@ def won_and_lost(
     pairs: JudgedPairs,
     predictions: Mapping[str, Predictions],
     scale: LabelScale,
-    model: str = "student",
-    other: str = "teacher",
+    model: str,
+    other: str,
 ) -> dict[str, Any] | None:
     """The queries with the largest differences of nDCG either way, and the first products of both rankings.
 

@@ -11,7 +11,10 @@ import pyarrow as pa
 from relevance_ray.calibration import Calibration
 from relevance_ray.engines.base import Labels, Pair
 from relevance_ray.engines.file import FileEngine
+from relevance_ray.errors import UserError
+from relevance_ray.evaluation.ask import predict
 from relevance_ray.evaluation.baselines import fit_calibration
+from relevance_ray.evaluation.judged import flatten
 from relevance_ray.schema import LabelScale, pair_id
 from relevance_ray.training.options import CalibrationMethod
 
@@ -31,12 +34,20 @@ class GivenScores:
     """
 
     def __init__(
-        self, path: str | Path, scale: LabelScale, dev: pa.Table, method: CalibrationMethod = "ordinal"
+        self, path: str | Path, scale: LabelScale, dev: pa.Table | None = None, method: CalibrationMethod = "ordinal"
     ) -> None:
         self._engine = FileEngine(path, scale, label_smoothing=0.0, standardize=True)
         self.gains, self.scale = self._engine.gains, scale
         self.calibration: Calibration | None = None
-        self.calibration = fit_calibration(self, dev, scale, method) if dev.num_rows else None
+        self.calibration = fit_calibration(self, dev, scale, method) if dev is not None and dev.num_rows else None
+
+    def check(self, judged: Sequence[pa.Table], what: str) -> None:
+        """Raise `UserError` where none of the judged pairs has a score; `what` names the file."""
+        asked = [flatten(table, self.scale) for table in judged]
+        if all(predict(self, pairs).num_failed == pairs.num_pairs for pairs in asked):
+            raise UserError(
+                f"{what} scores none of the judged pairs; its query and product_id must be spelled as in the judgments"
+            )
 
     def label_rows(self, queries: Sequence[str], products: Sequence[Mapping[str, Any]]) -> Labels:
         """Labels of n pairs; one that the file does not hold is an error of its row."""

@@ -64,22 +64,37 @@ class Measured:
         names: of the metrics.
         values: float64 [m], NaN for undefined.
         draw: the metrics under a resample of the queries.
+        num_queries: int64 [m], of how many queries each tells.
         by_query: float64 [q, m] where the metrics are means of these, else None.
     """
 
     names: tuple[str, ...]
     values: np.ndarray
     draw: Statistic
+    num_queries: np.ndarray
     by_query: np.ndarray | None = None
+
+    @classmethod
+    def means(cls, names: tuple[str, ...], by_query: np.ndarray) -> Measured:
+        """Metrics that are means of values [q, m]; NaN leaves its query out."""
+        draw = means_over_queries(by_query)
+        values = draw(np.ones((1, len(by_query))))[0]
+        return cls(names, values, draw, (~np.isnan(by_query)).sum(0), by_query)
+
+    @classmethod
+    def pooled(cls, names: tuple[str, ...], values: np.ndarray, draw: Statistic, pairs: Judgments) -> Measured:
+        """Metrics of all pairs together."""
+        return cls(names, values, draw, np.full(len(names), np.count_nonzero(np.diff(pairs.offsets))))
 
 
 def metric_names(ks: Sequence[int], precisions: Sequence[float]) -> list[str]:
     """The metrics' names, in the order of the report."""
-    return [*_ranking_names(ks), *_pooled_names(precisions), *_GRADE_NAMES, *_PROBABILITY_NAMES]
+    return [*_ranking_names(ks), *_pooled_names(precisions), *_GRADE_NAMES, *_PROBABILITY_NAMES, *_LEVEL_NAMES]
 
 
 _GRADE_NAMES = ("macro_f1", "micro_f1")
 _PROBABILITY_NAMES = ("calibration_error", "brier")
+_LEVEL_NAMES = ("query_calibration_error", "query_brier")
 
 
 def _ranking_names(ks: Sequence[int]) -> tuple[str, ...]:
@@ -112,7 +127,7 @@ def measure(
     if predictions.classes is not None:
         found.append(_grades(pairs, predictions.classes, num_classes))
     if predictions.probabilities is not None:
-        found.append(_probabilities(pairs, predictions.probabilities))
+        found += [_probabilities(pairs, predictions.probabilities), _levels(pairs, predictions.probabilities)]
     return found
 
 
@@ -123,9 +138,7 @@ def _ranking(pairs: Judgments, scores: np.ndarray, ks: Sequence[int]) -> Measure
     columns += [ranking.recall(pairs.relevant, k) for k in ks]
     columns += [ranking.reciprocal_rank(pairs.relevant), ranking.average_precision(pairs.relevant)]
     columns += ranking.concordance(pairs.gains)
-    values = np.stack(columns, axis=1)
-    draw = means_over_queries(values)
-    return Measured(_ranking_names(ks), draw(np.ones((1, pairs.num_queries)))[0], draw, values)
+    return Measured.means(_ranking_names(ks), np.stack(columns, axis=1))
 
 
 def _pooled(pairs: Judgments, scores: np.ndarray, precisions: Sequence[float]) -> Measured:
@@ -143,7 +156,7 @@ def _pooled(pairs: Judgments, scores: np.ndarray, precisions: Sequence[float]) -
         hits, misses = (by_query.T @ np.ascontiguousarray(counts.T)).reshape(2, binned.num_bins, -1)
         return pooled_figures(np.ascontiguousarray(hits.T), np.ascontiguousarray(misses.T), precisions)
 
-    return Measured(_pooled_names(precisions), values, draw)
+    return Measured.pooled(_pooled_names(precisions), values, draw, pairs)
 
 
 def _grades(pairs: Judgments, classes: np.ndarray, num_classes: int) -> Measured:
@@ -154,7 +167,7 @@ def _grades(pairs: Judgments, classes: np.ndarray, num_classes: int) -> Measured
         drawn = sums(counts).reshape(len(counts), num_classes, num_classes)
         return np.stack([macro_f1(drawn), micro_f1(drawn)], axis=-1)
 
-    return Measured(_GRADE_NAMES, draw(np.ones((1, pairs.num_queries)))[0], draw)
+    return Measured.pooled(_GRADE_NAMES, draw(np.ones((1, pairs.num_queries)))[0], draw, pairs)
 
 
 def _probabilities(pairs: Judgments, probabilities: np.ndarray) -> Measured:
@@ -170,4 +183,17 @@ def _probabilities(pairs: Judgments, probabilities: np.ndarray) -> Measured:
         brier = np.divide(drawn[:, -1], number, out=np.full(len(counts), np.nan), where=number > 0)
         return np.stack([calibration_error(of_bins), brier], axis=-1)
 
-    return Measured(_PROBABILITY_NAMES, draw(np.ones((1, pairs.num_queries)))[0], draw)
+    return Measured.pooled(_PROBABILITY_NAMES, draw(np.ones((1, pairs.num_queries)))[0], draw, pairs)
+
+
+def _levels(pairs: Judgments, probabilities: np.ndarray) -> Measured:
+    """How far probabilities hold within each query: a model may be right over all pairs and wrong for each query."""
+    squares = brier_score(pairs.relevant, probabilities)
+    one_cell = np.zeros(pairs.num_pairs, dtype=np.int64)
+    said, seen, error = (
+        count_by_query(one_cell, 1, pairs.offsets, values)[:, 0] for values in (probabilities, pairs.relevant, squares)
+    )
+    lengths = np.diff(pairs.offsets)
+    of_query = [np.abs(said - seen), error]
+    held = [np.divide(each, lengths, out=np.full(len(lengths), np.nan), where=lengths > 0) for each in of_query]
+    return Measured.means(_LEVEL_NAMES, np.stack(held, axis=1))

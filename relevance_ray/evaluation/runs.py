@@ -11,12 +11,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from relevance_ray.errors import UserError
-from relevance_ray.evaluation.compare import compare_predictions
-from relevance_ray.evaluation.curves import curves
-from relevance_ray.evaluation.evaluate import as_results
-from relevance_ray.evaluation.judged import Judgments
+from relevance_ray.evaluation.evaluate import as_results, report_split
+from relevance_ray.evaluation.judged import JudgedPairs
 from relevance_ray.evaluation.measure import Predictions
 from relevance_ray.evaluation.options import EvaluateOptions
+from relevance_ray.evaluation.slices import read_slices
 from relevance_ray.metrics import group_offsets
 from relevance_ray.schema import LabelScale
 from relevance_ray.storage import exists, join, read_json, read_table
@@ -30,12 +29,14 @@ class EvaluatedRun:
         name: of the run: the last part of its root.
         folder: of the evaluation.
         scale: of its grades.
+        settings: of the run, by dotted key, those that were not at their default.
         table: `ask.predictions_table` of all its splits.
     """
 
     name: str
     folder: str
     scale: LabelScale
+    settings: Mapping[str, str]
     table: pa.Table
 
 
@@ -53,15 +54,16 @@ def read_run(path: str) -> EvaluatedRun:
                 f"{path} holds no evaluation; give the root of a run that was evaluated, or its evaluate folder"
             )
         folder = latest["evaluate"]
-        if not exists(folder):  # the run was moved
-            folder = join(path.rstrip("/"), folder.rstrip("/").rsplit("/", 1)[-1])
+        here = join(path.rstrip("/"), folder.rstrip("/").rsplit("/", 1)[-1])
+        folder = here if exists(here) else folder  # a run may have been moved, or copied
     if not exists(join(folder, "predictions.parquet")):
         raise UserError(f"{folder} holds no predictions of models; give the root of a run that was evaluated")
     table = read_table(join(folder, "predictions.parquet"))
-    if "true_class" not in table.column_names:
+    if "title" not in table.column_names:
         raise UserError(f"{folder} was evaluated by an earlier version, which kept too little; evaluate the run again")
-    scale = LabelScale.from_dict(read_json(join(folder, "report.json"))["scale"])
-    return EvaluatedRun(folder.split("/")[-2] if "/" in folder else folder, folder, scale, table)
+    report = read_json(join(folder, "report.json"))
+    name = folder.split("/")[-2] if "/" in folder else folder
+    return EvaluatedRun(name, folder, LabelScale.from_dict(report["scale"]), report.get("settings", {}), table)
 
 
 def compare_runs(
@@ -70,7 +72,8 @@ def compare_runs(
     """One model of two runs, measured on the pairs that both judged.
 
     Returns:
-        What `evaluate.evaluate_models` does, of the two runs' names; `notes` of a split say what only one of them judged.
+        What `evaluate.evaluate_models` does, of the two runs' names, the slices being those of the first one; `notes` of a
+        split say what only one of them judged; and `settings_that_differ`, key -> the value of each, None for a default.
 
     Raises:
         UserError: the model is not in both, other scales, no pair in common, or a pair that is graded differently.
@@ -85,16 +88,28 @@ def compare_runs(
             f"{first.folder} and {second.folder} have other grades, gains or another relevant_from; compare runs of the "
             "same judgments"
         )
+    names = names_of(first, second)
     splits: dict[str, Any] = {}
-    for split in first.table["split"].unique().to_pylist():
+    alone: list[str] = []
+    for split in dict.fromkeys(name for run in (first, second) for name in run.table["split"].unique().to_pylist()):
         tables = [run.table.filter(pc.equal(run.table["split"], split)) for run in (first, second)]
         if (found := _compare(split, tables, first, second, model, options)) is not None:
             splits[split] = found
+        else:
+            of = [name for name, table in zip(names, tables, strict=True) if table.num_rows]
+            alone.append(
+                f"Split {split} is left out: {f'{of[0]} alone has it' if len(of) == 1 else 'no pair is in both'}."
+            )
     if not splits:
         raise UserError(
             f"{first.folder} and {second.folder} judged no pair in the same split; compare runs of the same data"
         )
-    return as_results(splits, first.scale, options)
+    for found in splits.values():
+        found["notes"] += alone
+    keys = sorted({key for run in (first, second) for key in run.settings})
+    values = {key: [run.settings.get(key) for run in (first, second)] for key in keys}
+    unlike = {key: dict(zip(names, pair, strict=True)) for key, pair in values.items() if pair[0] != pair[1]}
+    return {**as_results(splits, first.scale, options, names[0], names[1:]), "settings_that_differ": unlike}
 
 
 def names_of(first: EvaluatedRun, second: EvaluatedRun) -> tuple[str, str]:
@@ -133,7 +148,11 @@ def _compare(
     classes = own["true_class"].to_numpy()
     query_ids = own["query_id"].to_numpy(zero_copy_only=False)
     starts = np.flatnonzero(np.concatenate([[True], query_ids[1:] != query_ids[:-1]]))
-    pairs = Judgments(
+    pairs = JudgedPairs(
+        query_ids=query_ids[starts].tolist(),
+        queries=own["query"].to_pylist(),
+        product_ids=own["product_id"].to_pylist(),
+        products=[{"title": title} for title in own["title"].to_pylist()],
         offsets=group_offsets(np.diff(np.append(starts, len(query_ids)))),
         gains=own["gain"].to_numpy(),
         classes=classes,
@@ -141,9 +160,7 @@ def _compare(
     )
     names = names_of(first, second)
     predictions = {name: read_predictions(table, model) for name, table in zip(names, (own, other), strict=True)}
-    found = compare_predictions(pairs, predictions, first.scale, options)
-    for name, prediction in predictions.items():
-        found["models"][name] |= curves(pairs, prediction)
+    found = report_split(pairs, predictions, read_slices(own), first.scale, options, names[0], names[1:])
     left_out = {name: len(each) - len(rows) for name, each in zip(names, keys, strict=True)}
     found["notes"] = [
         f"{count:,} pairs that {name} alone has in this split are left out."

@@ -18,6 +18,8 @@ import numpy as np
 Statistic = Callable[[np.ndarray], np.ndarray]
 """counts [b, q], how often each of q queries is drawn -> m values of each draw, float64 [b, m], NaN for undefined."""
 MAX_BLOCK_VALUES = 8_000_000
+MIN_QUERIES = 5
+"""Fewer queries, drawn again and again, show how they differ and not how others would: they get no interval."""
 TIE = 1e-9
 """Two models' values of one query that are nearer are the same ranking, up to the rounding of a sum."""
 
@@ -83,7 +85,7 @@ def randomization_test(differences: np.ndarray, num_permutations: int, seed: int
 
     Args:
         differences: [q, m] of each query, for m comparisons; NaN where a query has none, which leaves it out.
-        num_permutations: random assignments; with very many queries, fewer are drawn (at least 1,000).
+        num_permutations: random assignments; `permutations_drawn` of them are.
 
     Returns:
         float64 [m], NaN where no query has a difference.
@@ -92,7 +94,7 @@ def randomization_test(differences: np.ndarray, num_permutations: int, seed: int
     values[np.abs(values) < TIE] = 0.0
     num_queries = len(values)
     seen = np.abs(values.sum(axis=0))
-    number = max(min(num_permutations, 1000), min(num_permutations, 10 * MAX_BLOCK_VALUES // max(num_queries, 1)))
+    number = permutations_drawn(num_permutations, num_queries)
     rng = np.random.default_rng(seed)
     block = max(1, MAX_BLOCK_VALUES // max(num_queries, 1))
     as_far = np.ones(values.shape[1])
@@ -100,6 +102,11 @@ def randomization_test(differences: np.ndarray, num_permutations: int, seed: int
         signs = rng.integers(2, size=(min(block, number - start), num_queries), dtype=np.int8) * 2.0 - 1.0
         as_far += (np.abs(signs @ values) >= seen * (1 - 1e-12)).sum(axis=0)
     return np.where(np.isnan(differences).all(axis=0), np.nan, as_far / (number + 1))
+
+
+def permutations_drawn(asked: int, num_queries: int) -> int:
+    """Of so many sign assignments asked for, how many are drawn: with many queries fewer, but at least 1,000."""
+    return min(asked, max(1000, 10 * MAX_BLOCK_VALUES // max(num_queries, 1)))
 
 
 def holm(p_values: Mapping[Any, float]) -> dict[Any, float]:

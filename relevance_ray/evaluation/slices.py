@@ -10,28 +10,36 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from relevance_ray.evaluation.compare import compare_predictions
 from relevance_ray.evaluation.judged import JudgedPairs, Judgments
 from relevance_ray.evaluation.measure import Predictions
 from relevance_ray.evaluation.options import Dimension, EvaluateOptions
+from relevance_ray.evaluation.significance import MIN_QUERIES
 from relevance_ray.generate.options import BANDS
 from relevance_ray.generate.queries.language import count_words, language_of
 from relevance_ray.generate.queries.sources import log_bands
 from relevance_ray.metrics import group_offsets
 from relevance_ray.schema import LabelScale, normalize_query
 
-MIN_QUERIES = 5
-"""A slice of fewer queries is named and not measured."""
 SLICE_METRIC = "pairwise_accuracy"
 _MOST_CATEGORIES = 8
 _TITLES_READ = 20
 _FIELDS = ("brand", "color", "category", "description", "price")
+_COLUMN = "slice."
 _LENGTHS = {1: "1 word", 2: "2 words", 3: "3 words", 4: "4 or 5 words", 5: "4 or 5 words"}
+_LONG = "6 and more words"
+_NOT_IN_LOG = "not in the log"
+_KNOWN: Mapping[Dimension, Sequence[str]] = {
+    "frequency": (*BANDS, _NOT_IN_LOG),
+    "length": (*dict.fromkeys(_LENGTHS.values()), _LONG),
+    "brand": ("judged in training", "new to training", "no brand"),
+}
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,8 @@ class SliceContext:
 
 def find_slices(pairs: JudgedPairs, context: SliceContext, dimensions: Sequence[Dimension]) -> list[Slice]:
     """The slices of judged pairs, by dimension; every pair is in one slice of each, but for missing fields, of which it may
-    lack several or none. A dimension that does not tell pairs apart (no log, no prices) has one slice, of all."""
+    lack several or none. A dimension that does not tell pairs apart (no log, no prices) has one slice, of all; where its
+    slices are known beforehand (bands, lengths, fields), those without a pair are among them."""
     names: Mapping[Dimension, Callable[[JudgedPairs, SliceContext], list[str]]] = {
         "frequency": _frequencies,
         "length": lambda pairs, _: _by_query(pairs, _length),
@@ -82,15 +91,43 @@ def find_slices(pairs: JudgedPairs, context: SliceContext, dimensions: Sequence[
     found: list[Slice] = []
     for dimension in dimensions:
         if dimension == "missing":
-            for field in (
-                field for field in _FIELDS if field not in dimensions
-            ):  # those have a slice of their own for it
+            for field in (name for name in _FIELDS if name not in dimensions):  # those have a slice of their own for it
                 lacking = np.array([_is_missing(product.get(field)) for product in pairs.products], dtype=bool)
                 found.append(Slice(dimension, f"no {field}", lacking))
             continue
         of_pair = np.asarray(names[dimension](pairs, context), dtype=object)
-        found += [Slice(dimension, name, of_pair == name) for name in sorted(set(of_pair))]
-    return [each for each in found if each.pairs.any()]
+        found += [Slice(dimension, name, of_pair == name) for name in _names_of(dimension, set(of_pair))]
+    return found
+
+
+def _names_of(dimension: Dimension, there: set[str]) -> list[str]:
+    """Those of pairs, and those known beforehand unless a dimension has one slice only."""
+    known = _KNOWN.get(dimension, ()) if len(there) > 1 else ()
+    return [*known, *sorted(there - set(known))]
+
+
+def slice_columns(slices: Sequence[Slice], num_pairs: int) -> dict[str, pa.Array]:
+    """The slices as columns beside a table of the pairs, `slice.DIMENSION`: list<string>, the names that a pair is in."""
+    columns: dict[str, list[list[str]]] = {}
+    for each in slices:
+        names = columns.setdefault(f"{_COLUMN}{each.dimension}", [[] for _ in range(num_pairs)])
+        for row in np.flatnonzero(each.pairs).tolist():
+            names[row].append(each.name)
+    return {name: pa.array(values, pa.list_(pa.string())) for name, values in columns.items()}
+
+
+def read_slices(table: pa.Table) -> list[Slice]:
+    """The slices of the rows of a table with `slice_columns`; those without a pair are not told of."""
+    found: list[Slice] = []
+    for column in (name for name in table.column_names if name.startswith(_COLUMN)):
+        dimension = cast("Dimension", column.removeprefix(_COLUMN))
+        rows = pc.list_parent_indices(table[column]).to_numpy()
+        names = pc.list_flatten(table[column]).to_numpy(zero_copy_only=False)
+        for name in sorted(set(names)):
+            pairs = np.zeros(table.num_rows, dtype=bool)
+            pairs[rows[names == name]] = True
+            found.append(Slice(dimension, name, pairs))
+    return found
 
 
 def slice_reports(
@@ -99,15 +136,15 @@ def slice_reports(
     slices: Sequence[Slice],
     scale: LabelScale,
     options: EvaluateOptions,
-    student: str = "student",
+    model: str = "student",
 ) -> list[dict[str, Any]]:
-    """Each slice measured, the worst for the student first.
+    """Each slice measured, the worst for one model first.
 
     Args:
         pairs: n judged pairs.
         predictions: of the same pairs, by the models to compare.
         slices: of the same pairs.
-        student: the model whose pairwise accuracy orders them.
+        model: the one whose pairwise accuracy orders them.
 
     Returns:
         Of each slice "dimension", "slice", "num_queries" (of two products and more, of different gain: the others rank
@@ -124,7 +161,7 @@ def slice_reports(
             report |= compare_predictions(part, of_part, scale, options)
         report |= {"num_queries": ranked, "num_pairs": part.num_pairs}
         reports.append(report)
-    return sorted(reports, key=lambda report: _value(report, student))
+    return sorted(reports, key=lambda report: _value(report, model))
 
 
 def restrict(
@@ -152,8 +189,8 @@ def _num_ranked(pairs: Judgments) -> int:
     return int((np.maximum.reduceat(pairs.gains, starts) > np.minimum.reduceat(pairs.gains, starts)).sum())
 
 
-def _value(report: Mapping[str, Any], student: str) -> float:
-    found = report.get("models", {}).get(student, {}).get("metrics", {}).get(SLICE_METRIC)
+def _value(report: Mapping[str, Any], model: str) -> float:
+    found = report.get("models", {}).get(model, {}).get("metrics", {}).get(SLICE_METRIC)
     return float("inf") if found is None or found["value"] is None else float(found["value"])
 
 
@@ -164,7 +201,7 @@ def _by_query(pairs: JudgedPairs, name_of: Callable[[str], str]) -> list[str]:
 
 
 def _length(query: str) -> str:
-    return _LENGTHS.get(max(1, count_words(query)), "6 and more words")
+    return _LENGTHS.get(max(1, count_words(query)), _LONG)
 
 
 def _frequencies(pairs: JudgedPairs, context: SliceContext) -> list[str]:
@@ -174,7 +211,7 @@ def _frequencies(pairs: JudgedPairs, context: SliceContext) -> list[str]:
 
     def name_of(query: str) -> str:
         band = of_query.get(normalize_query(query))
-        return "not in the log" if band is None else BANDS[band]
+        return _NOT_IN_LOG if band is None else BANDS[band]
 
     return _by_query(pairs, name_of)
 

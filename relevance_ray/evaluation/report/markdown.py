@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from relevance_ray.evaluation.compare import difference
+from relevance_ray.evaluation.compare import difference, is_sure
 from relevance_ray.evaluation.report.words import (
     measured_slices,
     metric_title,
+    others_of,
     reading,
     slice_notes,
     split_notes,
@@ -23,17 +24,22 @@ def render_markdown(
     *,
     title: str,
     about: Mapping[str, str],
-    student: str = "student",
-    teacher: str = "teacher",
 ) -> str:
     """The report as Markdown."""
     lines = [f"# {title}", ""]
-    for sentence in verdicts(results, student, teacher):
+    for sentence in verdicts(results):
         lines += [sentence, ""]
     if about:
         lines += ["## What was run", "", *(f"- **{key}**: {value}" for key, value in about.items()), ""]
+    unlike = results.get("settings_that_differ")
+    if unlike == {}:
+        lines += ["The settings of the two are the same.", ""]
+    if unlike:
+        header = ["setting", *next(iter(unlike.values()))]
+        rows = [[key, *(value or "default" for value in values.values())] for key, values in unlike.items()]
+        lines += ["## What differs", "", *_table(header, rows)]
     for name, split in reversed(list(results["splits"].items())):
-        lines += _split_section(name, split, results["metrics"], student, teacher)
+        lines += _split_section(name, split, results)
     if results.get("scaling"):
         lines += ["## How many pairs it takes", "", scaling_markdown(results["scaling"])]
     if found := results.get("diversity"):
@@ -43,41 +49,42 @@ def render_markdown(
     return "\n".join(lines)
 
 
-def _split_section(name: str, split: Mapping[str, Any], metrics: list[str], student: str, teacher: str) -> list[str]:
+def _split_section(name: str, split: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
     lines = [f"## {name}: {split['num_queries']:,} queries, {split['num_pairs']:,} pairs", ""]
     for note in split_notes(split):
         lines += [note, ""]
-    models = split["models"]
+    models, metrics, own = split["models"], results["metrics"], results["model"]
     rows = [
         [metric_title(metric), *(_interval(found["metrics"].get(metric)) for found in models.values())]
         for metric in metrics
     ]
     rows.append(["pairs scored a second", *(_rate(found["pairs_per_second"]) for found in models.values())])
     lines += _table(["", *models], rows)
-    others = [model for model in models if model != student]
-    if student in models and others:
+    others = [model for model in models if model != own]
+    if own in models and others:
         rows = [
-            [metric_title(metric), *(_difference(difference(split, metric, student, other)) for other in others)]
+            [metric_title(metric), *(_difference(difference(split, metric, own, other)) for other in others)]
             for metric in metrics
         ]
-        lines += _table([f"{student} minus", *others], rows)
-    return lines + _slices_section(split, student, teacher)
+        lines += _table([f"{own} minus", *others], rows)
+    return lines + _slices_section(split, own, others_of(results, split))
 
 
-def _slices_section(split: Mapping[str, Any], student: str, teacher: str) -> list[str]:
+def _slices_section(split: Mapping[str, Any], model: str, others: list[str]) -> list[str]:
     """The slices as a table, the worst first; those that were not measured are named."""
     if not split.get("slices"):
         return []
     rows = []
     for part in measured_slices(split):
-        own = part["models"].get(student, {"metrics": {}})["metrics"]
-        found = difference(part, SLICE_METRIC, student, teacher)
-        cells = [_interval(own.get(SLICE_METRIC)), _difference(found), _interval(own.get("ndcg"))]
+        own = part["models"].get(model, {"metrics": {}})["metrics"]
+        found = [_difference(difference(part, SLICE_METRIC, model, other)) for other in others]
+        cells = [_interval(own.get(SLICE_METRIC)), *found, _interval(own.get("ndcg"))]
         rows.append(
             [f"{part['dimension']}: {part['slice']}", f"{part['num_queries']:,}", f"{part['num_pairs']:,}", *cells]
         )
-    lines = [f"### Slices, the worst for the {student} first", ""]
-    header = ["", "queries", "pairs", f"{student}, {metric_title(SLICE_METRIC)}", f"minus {teacher}", "nDCG"]
+    lines = [f"### Slices, the worst for {model} first", ""]
+    against = [f"minus {other}" for other in others]
+    header = ["", "queries", "pairs", f"{model}, {metric_title(SLICE_METRIC)}", *against, "nDCG"]
     lines += _table(header, rows) if rows else []
     for note in slice_notes(split):
         lines += [note, ""]
@@ -98,12 +105,13 @@ def _interval(found: Mapping[str, float | None] | None) -> str:
 
 
 def _difference(found: Mapping[str, float | None] | None) -> str:
-    if found is None or found["difference"] is None or found["low"] is None or found["high"] is None:
+    if found is None or found["difference"] is None:
         return "-"
+    if found["low"] is None or found["high"] is None:
+        return f"{found['difference']:+.3f}"
     text = f"{found['difference']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
     p = found.get("p_holm")
-    sure = (found["low"] > 0 or found["high"] < 0) and (p is None or p < 0.05)
-    text = f"**{text}**" if sure else text
+    text = f"**{text}**" if is_sure(found) else text
     return text if p is None else f"{text}, p {p:.3f}" if p >= 0.001 else f"{text}, p < .001"
 
 

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
-from relevance_ray.evaluation.compare import difference
+from relevance_ray.evaluation.compare import difference, is_sure
 from relevance_ray.evaluation.report.words import (
     measured_slices,
     metric_title,
+    others_of,
+    p_text,
     reading,
     slice_notes,
     split_notes,
@@ -19,7 +21,7 @@ from relevance_ray.evaluation.report.words import (
 from relevance_ray.evaluation.scaling import sentence_of
 from relevance_ray.evaluation.slices import SLICE_METRIC
 
-HEADLINE = ("ndcg", "ndcg@10", "mrr", "roc_auc", "calibration_error")
+HEADLINE = ("ndcg", "ndcg@10", "mrr", "roc_auc", "calibration_error", "query_calibration_error")
 """The metrics that are shown at once; the others are unfolded."""
 Cell = dict[str, Any]
 
@@ -29,8 +31,6 @@ def render_html(
     *,
     title: str,
     about: Mapping[str, str],
-    student: str = "student",
-    teacher: str = "teacher",
     pictures: Mapping[str, bytes] | None = None,
 ) -> str:
     """The report as a page; the arguments are those of `report.write_report`."""
@@ -42,10 +42,11 @@ def render_html(
     return page.render(
         title=title,
         about=about,
-        verdicts=verdicts(results, student, teacher),
-        splits=[_split(name, split, results["metrics"], student, teacher) for name, split in splits],
-        student=student,
-        teacher=teacher,
+        verdicts=verdicts(results),
+        settings=results.get("settings"),
+        unlike=results.get("settings_that_differ"),
+        splits=[_split(name, split, results) for name, split in splits],
+        model=results["model"],
         slice_title=metric_title(SLICE_METRIC),
         scaling=_scaling(results.get("scaling")),
         diversity=results.get("diversity"),
@@ -54,12 +55,13 @@ def render_html(
     )
 
 
-def _split(name: str, split: Mapping[str, Any], metrics: list[str], student: str, teacher: str) -> dict[str, Any]:
+def _split(name: str, split: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
     from relevance_ray.evaluation.report.plots import interval_plot, pr_plot, reliability_plot
 
-    models = split["models"]
+    models, metrics, own = split["models"], results["metrics"], results["model"]
+    held_against = others_of(results, split)
     headline = [metric for metric in HEADLINE if metric in metrics]
-    others = [model for model in models if model != student] if student in models else []
+    others = [model for model in models if model != own] if own in models else []
     return {
         "name": name,
         "num_queries": split["num_queries"],
@@ -82,7 +84,7 @@ def _split(name: str, split: Mapping[str, Any], metrics: list[str], student: str
             for metric in metrics
         ],
         "differences": [
-            {"name": other, "cells": [_difference(split, metric, student, other) for metric in headline]}
+            {"name": other, "cells": [_difference(split, metric, own, other) for metric in headline]}
             for other in others
         ],
         "slices": [
@@ -91,15 +93,14 @@ def _split(name: str, split: Mapping[str, Any], metrics: list[str], student: str
                 "name": part["slice"],
                 "queries": part["num_queries"],
                 "pairs": part["num_pairs"],
-                "own": _cell(
-                    part["models"].get(student, {"metrics": {}})["metrics"].get(SLICE_METRIC), "value", "{:.3f}"
-                ),
-                "difference": _difference(part, SLICE_METRIC, student, teacher),
+                "own": _cell(part["models"].get(own, {"metrics": {}})["metrics"].get(SLICE_METRIC), "value", "{:.3f}"),
+                "differences": [_difference(part, SLICE_METRIC, own, other) for other in held_against],
             }
             for part in measured_slices(split)
         ],
         "slice_notes": slice_notes(split),
-        "examples": split.get("examples"),
+        "others": held_against,
+        "examples": split.get("examples", []),
         "interval_plot": interval_plot(split, "ndcg", metric_title("ndcg")),
         "pr_plot": pr_plot(split),
         "reliability_plot": reliability_plot(split),
@@ -130,8 +131,8 @@ def _difference(split: Mapping[str, Any], metric: str, model: str, other: str) -
     found = difference(split, metric, model, other)
     cell = _cell(found, "difference", "{:+.3f}")
     if found is not None and found["p_holm"] is not None:
-        cell["sure"] = cell["sure"] and found["p_holm"] < 0.05
-        cell["interval"] += " p < .001" if found["p_holm"] < 0.001 else f" p {found['p_holm']:.3f}"
+        cell["sure"] = is_sure(found)
+        cell["interval"] += f" p {p_text(found['p_holm'])}"
     return cell
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from relevance_ray.evaluation.compare import difference
+from relevance_ray.evaluation.compare import LEVEL, difference, is_sure
+from relevance_ray.evaluation.significance import MIN_QUERIES
 
 FEW_QUERIES = 50
 _NAMES = {
@@ -24,6 +25,8 @@ _NAMES = {
     "micro_f1": "micro F1",
     "calibration_error": "calibration error (low is good)",
     "brier": "Brier score (low is good)",
+    "query_calibration_error": "calibration error by query (low is good)",
+    "query_brier": "Brier score by query (low is good)",
 }
 
 
@@ -34,29 +37,44 @@ def metric_title(metric: str) -> str:
     return _NAMES.get(metric, metric.replace("ndcg@", "nDCG@"))
 
 
-def verdict(split_name: str, split: Mapping[str, Any], student: str, other: str, metric: str = "ndcg") -> str | None:
-    """One honest sentence on the student against another model; None where the two were not both measured."""
-    found = difference(split, metric, student, other)
-    if found is None or found["difference"] is None or found["low"] is None or found["high"] is None:
+def verdict(split_name: str, split: Mapping[str, Any], model: str, other: str, metric: str = "ndcg") -> str | None:
+    """One honest sentence on a model against another; None where the two were not both measured. It is a comparison that was
+    planned before anything was seen, so its p is not corrected for the others."""
+    found = difference(split, metric, model, other)
+    if found is None or (value := found["difference"]) is None:
         return None
-    if found["low"] > 0:
-        claim = f"The {student} passes the {other}"
-    elif found["high"] < 0:
-        claim = f"The {student} falls behind the {other}"
-    else:
-        claim = f"The {student} cannot be told from the {other}"
-    numbers = f"{found['difference']:+.4f}, 95% interval {found['low']:+.4f} to {found['high']:+.4f}"
     judged = split["num_queries"] - split["num_queries_without_gain"]
-    sentence = f"{claim} on {split_name} {metric_title(metric)}: {numbers}, {judged} queries."
+    where = f"on {split_name} {metric_title(metric)}"
+    if found["low"] is None or found["high"] is None:
+        return f"{judged} queries are too few to tell the {model} from the {other} {where}: {value:+.4f}."
+    if not is_sure(found, corrected=False):
+        claim = f"The {model} cannot be told from the {other}"
+    else:
+        claim = f"The {model} {'passes' if value > 0 else 'falls behind'} the {other}"
+    numbers = f"{value:+.4f}, 95% interval {found['low']:+.4f} to {found['high']:+.4f}"
+    if found["p"] is not None:
+        numbers += f", p {p_text(found['p'])}"
+    sentence = f"{claim} {where}: {numbers}, {judged} queries."
     if judged < FEW_QUERIES:
         sentence += " So few queries show large differences only; cross-validate over all judged ones (data.folds)."
     return sentence
 
 
-def verdicts(results: Mapping[str, Any], student: str, teacher: str) -> list[str]:
-    """The verdict of each split that has one, test before dev."""
-    splits = reversed(list(results["splits"].items()))
-    return [sentence for name, split in splits if (sentence := verdict(name, split, student, teacher))]
+def p_text(p: float) -> str:
+    """A p-value after the letter: "< .001", ".021"."""
+    return "< .001" if p < 0.001 else f"{p:.3f}"
+
+
+def others_of(results: Mapping[str, Any], split: Mapping[str, Any]) -> list[str]:
+    """The models that the report's own is held against, as far as they are measured in a split."""
+    return [name for name in results["others"] if name in split["models"]]
+
+
+def verdicts(results: Mapping[str, Any]) -> list[str]:
+    """The verdicts on the report's own model: of each other, test before dev."""
+    splits = list(reversed(results["splits"].items()))
+    found = (verdict(name, split, results["model"], other) for other in results["others"] for name, split in splits)
+    return [sentence for sentence in found if sentence]
 
 
 def split_notes(split: Mapping[str, Any]) -> list[str]:
@@ -79,16 +97,21 @@ def measured_slices(split: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def slice_notes(split: Mapping[str, Any]) -> list[str]:
     """The slices that were not measured, by name."""
-    skipped = [part for part in split.get("slices", []) if "models" not in part]
-    whole = [part for part in skipped if part["num_pairs"] == split["num_pairs"]]
-    small = [f"{part['dimension']}: {part['slice']} ({part['num_queries']})" for part in skipped if part not in whole]
-    notes = []
-    if small:
-        notes.append(f"Of too few queries to measure: {'; '.join(small)}.")
-    if whole:
-        named = "; ".join(f"{part['dimension']}: {part['slice']}" for part in whole)
-        notes.append(f"All pairs fall into one slice: {named}.")
-    return notes
+    notes: dict[str, list[str]] = {
+        "Of too few queries to measure": [],
+        "All pairs fall into one slice": [],
+        "Slices without a pair": [],
+    }
+    few, whole, empty = notes.values()
+    for part in split.get("slices", []):
+        name = f"{part['dimension']}: {part['slice']}"
+        if not part["num_pairs"]:
+            empty.append(name)
+        elif part["num_pairs"] == split["num_pairs"]:
+            whole.append(name)
+        elif "models" not in part:
+            few.append(f"{name} ({part['num_queries']})")
+    return [f"{told}: {'; '.join(names)}." for told, names in notes.items() if names]
 
 
 def reading(results: Mapping[str, Any]) -> list[str]:
@@ -98,7 +121,8 @@ def reading(results: Mapping[str, Any]) -> list[str]:
     return [
         f"Label scale {scale['name']}, gains: {gains}. A pair is relevant from grade {scale['relevant_from']} on.",
         "nDCG, recall@k, MRR, MAP, pairwise accuracy and Kendall's tau (b) are means over queries; ROC AUC, PR AUC, recall "
-        "at a precision, F1, calibration error (15 equal bins) and Brier score pool all pairs.",
+        "at a precision, F1, calibration error (15 equal bins) and Brier score pool all pairs. By query, the calibration "
+        "error is how far the mean probability of a query's pairs is from their share of relevant ones.",
         "Queries without any gain have no nDCG, those without a relevant product no recall, MRR and MAP, and they are left "
         "out of these means. Tied scores are worth the mean over their orders; random is exactly that, with everything "
         "tied.",
@@ -106,7 +130,17 @@ def reading(results: Mapping[str, Any]) -> list[str]:
         "flatter.",
         "A slice cut by product (category, brand, price, missing fields) ranks each query's products of that slice alone. "
         "Worst first is by the value, not by what its interval can tell: of many slices some look bad by chance.",
-        f"Intervals: 95%, {results['num_resamples']} paired bootstrap resamples of whole queries, seed {results['seed']}. A "
-        "difference in bold has an interval without 0 and, where there is one, a p below .05: that of the randomization "
-        "test over queries, corrected for the comparisons of all models by that metric (Holm).",
+        f"Intervals: 95%, {results['num_resamples']} paired bootstrap resamples of whole queries, seed {results['seed']}; "
+        f"none below {MIN_QUERIES} queries.",
+        f"p: the randomization test over queries{_permutations(results)}; in tables corrected for the comparisons of all "
+        "models by that metric (Holm), in the sentences at the top as it is. What is bold, or claimed there, has an "
+        f"interval without 0 and, where there is one, a p below {LEVEL}.",
     ]
+
+
+def _permutations(results: Mapping[str, Any]) -> str:
+    """How many sign assignments are behind a p-value, and where there are fewer than asked for."""
+    asked = results["num_permutations"]
+    drawn = {name: split["num_permutations"] for name, split in results["splits"].items()}
+    fewer = [f"{number:,} on {name}, for its many queries" for name, number in drawn.items() if number < asked]
+    return f" ({'; '.join([f'{asked:,} sign assignments', *fewer])})"

@@ -17,23 +17,18 @@ def write_report(
     *,
     title: str = "Evaluation",
     about: Mapping[str, str] | None = None,
-    student: str = "student",
-    teacher: str = "teacher",
     pictures: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write `report.json`, `report.md` and `report.html` into a folder (local or s3://), each whole or not at all.
 
     Args:
-        results: what `evaluate.evaluate_models` returns; with `scaling` (`scaling.scaling_report`) and `diversity`
-            ("groups", "pairs", "lines" of text) where these were measured.
+        results: what `evaluate.evaluate_models` or `runs.compare_runs` returns; with `scaling` (`scaling.scaling_report`),
+            `diversity` ("groups", "pairs", "lines" of text) and `settings` (key -> text) where there are some.
         about: what was run, shown as a list ("teacher": "classifier from minilm, ..."); also kept in the JSON.
-        student: the model that the others are compared with.
-        teacher: the model that the verdict is about, where it was measured.
         pictures: of the pairs' diversity, title -> PNG, for the page.
     """
-    words = {"title": title, "student": student, "teacher": teacher}
-    markdown = render_markdown(results, about=about or {}, **words)
-    page = render_html(results, about=about or {}, pictures=pictures or {}, **words)
+    markdown = render_markdown(results, title=title, about=about or {})
+    page = render_html(results, title=title, about=about or {}, pictures=pictures or {})
     storage.write_json(storage.join(out_dir, "report.json"), {"title": title, "about": dict(about or {}), **results})
     for name, text in (("report.md", markdown), ("report.html", page)):
         storage.write_bytes(storage.join(out_dir, name), text.encode())
