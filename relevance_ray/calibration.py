@@ -11,6 +11,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
@@ -215,7 +216,12 @@ class IsotonicCalibration(Calibration):
 
     def at_least(self, logits: np.ndarray) -> np.ndarray:
         x = np.asarray(logits, dtype=np.float64)
-        return np.stack([np.interp(x, self.knots, column) for column in np.asarray(self.values).T], axis=1)
+        knots, columns = self._arrays
+        return np.stack([np.interp(x, knots, column) for column in columns], axis=1)
+
+    @cached_property
+    def _arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        return np.asarray(self.knots), np.ascontiguousarray(np.asarray(self.values).T)
 
     def to_dict(self) -> dict[str, Any]:
         return {"method": "isotonic", "knots": list(self.knots), "values": [list(row) for row in self.values]}
