@@ -75,10 +75,12 @@ def changed(options: Any) -> dict[str, Any]:
 
 
 def by_key(values: Mapping[str, Any]) -> dict[str, str]:
-    """Nested values as text by dotted key, "student.fit.epochs": "2"."""
+    """Nested values as text by dotted key, "student.fit.epochs": "2", "teacher.members.0.kind": "bm25"."""
     out: dict[str, str] = {}
     for name, value in values.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+            value = dict(enumerate(value))
+        if isinstance(value, Mapping) and value:
             out |= {f"{name}.{key}": text for key, text in by_key(value).items()}
         else:
             out[name] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

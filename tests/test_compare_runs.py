@@ -72,6 +72,17 @@ def test_a_split_that_one_run_lacks_is_named(tmp_path: Path) -> None:
         assert "Split dev is left out: run alone has it." in cli("compare", *map(str, arguments)).stdout
 
 
+def test_settings_that_a_run_did_not_keep_are_not_called_the_same(tmp_path: Path) -> None:
+    run, other = evaluated(tmp_path / "run", 1.0), evaluated(tmp_path / "other", 1.0)
+    file = other / "evaluate-1" / "report.json"
+    report = json.loads(file.read_text())
+    del report["settings"]
+    file.write_text(json.dumps(report))
+    done = cli("compare", str(run), str(other))
+    assert done.returncode == 0, done.stderr
+    assert "settings of the two" not in done.stdout
+
+
 def test_a_copied_run_is_read_from_its_copy(tmp_path: Path) -> None:
     run = evaluated(tmp_path / "run", 1.0)
     copied = shutil.copytree(run, tmp_path / "copied")

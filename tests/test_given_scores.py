@@ -120,3 +120,14 @@ def test_a_file_that_scores_nothing_that_is_judged_is_refused_before_anything_is
         UserError, match=r"evaluate.scores.engine others.csv scores none of the judged pairs; its query"
     ):
         GivenScores(path, ESCI).check([DEV, TEST], "evaluate.scores.engine others.csv")
+
+
+def test_a_sentinel_for_what_a_filter_removed_leaves_the_order_of_the_rest(tmp_path: Path) -> None:
+    path = tmp_path / "engine.csv"
+    scores = [*np.linspace(-3, 3, 400), -1e12, -1.7e308]
+    rows = [f"query,{row},{float(score)!r}" for row, score in enumerate(scores)]
+    path.write_text("\n".join(["query,product_id,logit", *rows]) + "\n")
+    products = [{"product_id": str(row)} for row in range(402)]
+    logits = GivenScores(path, ESCI).label_rows(["query"] * 402, products).class_logits[:, 1]
+    assert np.argsort(logits).tolist() == [401, 400, *range(400)]
+    assert len(np.unique(logits)) == 402

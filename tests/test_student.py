@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Dist
 
 from relevance_ray import storage
 from relevance_ray.actor_pool import Workers
-from relevance_ray.calibration import logit_of_classes
+from relevance_ray.calibration import IsotonicCalibration, logit_of_classes
 from relevance_ray.engines.encoding import PairEncoder
 from relevance_ray.engines.registry import load_pair_model
 from relevance_ray.errors import UserError
@@ -291,6 +292,26 @@ def test_the_baseline_learns_from_human_judgments_alone(encoder_folder: Path, tm
     )
     assert summary["labels"] == "human judgments"
     assert summary["dev"]["ndcg"] > 0.8  # an untrained one has .7
+
+
+def test_an_isotonic_calibration_of_few_judgments_is_refused_before_training(
+    encoder_folder: Path, tmp_path: Path
+) -> None:
+    judged_file = write(tmp_path / "judged.parquet", judged_groups(60))
+    options = replace(student_options(encoder_folder), calibration="isotonic")
+    with pytest.raises(UserError, match=r"calibration=isotonic .* dev pairs, and it takes 1,000; leave it at ordinal"):
+        train_student(StudentRequest(options, SCALE, None, judged_file, tmp_path / "out", tmp_path / "work"))
+    assert not (tmp_path / "work").exists()
+
+
+def test_the_chosen_calibration_stands_in_the_folder(
+    encoder_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relevance_ray.training.finish.MIN_ISOTONIC", 10)
+    judged_file = write(tmp_path / "judged.parquet", judged_groups(60))
+    options = replace(student_options(encoder_folder), calibration="isotonic")
+    train_student(StudentRequest(options, SCALE, None, judged_file, tmp_path / "out", tmp_path / "work"))
+    assert isinstance(read_model_info(tmp_path / "out").calibration, IsotonicCalibration)
 
 
 def test_a_judged_file_without_dev_queries_is_refused_before_training(encoder_folder: Path, tmp_path: Path) -> None:

@@ -61,13 +61,13 @@ def measure_scaling(
         raise UserError(f"{num_pairs} labeled pairs are too few for a curve of three sizes; raise generate.num_pairs")
     prepared = localize(at.folder("prepare"))
     scale = read_scale(prepared)
-    split = "test" if held_out is not None or read_judged(prepared, "test").num_rows else "dev"
+    split = "further judgments" if held_out is not None else "test" if read_judged(prepared, "test").num_rows else "dev"
     judged = flatten(read_judged(prepared, split) if held_out is None else held_out, scale)
     human_only = work.human_only(seeds)
     models = work.models(for_curve=True)
     first = work.config.student.fit.seed
     folders = work.students_of(sizes, range(first, first + seeds))
-    key = fingerprint(at.key("prepare"), judged.query_ids)
+    key = fingerprint(judged.queries, judged.product_ids, judged.gains.tolist())
     num_models = sum(map(len, folders)) + len(models) + len(human_only) - 1
     with work.tools.progress("score", num_models * judged.num_pairs, "pairs") as progress:
         measure = partial(_per_query, at.root, key, judged, progress)
@@ -78,7 +78,7 @@ def measure_scaling(
         "split": split,
         "seeds": seeds,
         "judged_pairs": judged.num_pairs,
-        "of": curve_key(at),
+        "of": curve_key(at) if held_out is None else None,
     }
     return report, _write(join(at.root, FOLDER), report)
 

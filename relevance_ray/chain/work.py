@@ -67,11 +67,16 @@ class StepWork:
         return summary
 
     def check_given(self, steps: Collection[str]) -> None:
-        """Refuse models whose grades are others than the prepared data's, and files of scores that do not fit it, before any
-        of the steps after `prepare`."""
+        """Refuse what does not fit the prepared data before any of the steps after `prepare`: models of other grades, files
+        of scores of other pairs, a calibration that takes more judgments."""
         from relevance_ray.data.prepare import read_judged, read_scale
         from relevance_ray.evaluation.given_scores import GivenScores
 
+        method = self.config.student.calibration
+        if method != "ordinal" and "train-student" in steps:
+            from relevance_ray.training.finish import check_dev_queries
+
+            check_dev_queries(str(self.tools.prepared() / "judged_groups.parquet"), method)
         models = self.config.given_models(steps)
         files = self.config.evaluate.scores if "evaluate" in steps else {}
         if not models and not files:
@@ -96,8 +101,8 @@ class StepWork:
             summary = prepare(self.config.data, local, progress)
         if untitled := summary["products_without_title"]:
             self.tools.say(f"prepare: {untitled:,} of {summary['products']:,} products have no title")
-        if repeated := _about_repeats(summary):
-            self.tools.say(f"prepare: {repeated}; {'; '.join(summary['of_another_grade']['first'])}".rstrip("; "))
+        if dropped := _about_dropped(summary):
+            self.tools.say(f"prepare: {dropped}; {'; '.join(summary['of_another_grade']['first'])}".rstrip("; "))
         if is_remote(folder):
             publish_folder(local, folder)
         return summary
@@ -239,7 +244,7 @@ class StepWork:
         config = self.config
         labels = read_json(join(self.at.folder("label"), "step.json"))["summary"]
         prepared = read_json(join(self.at.folder("prepare"), "step.json"))["summary"]
-        data = [f"{config.data.format} {config.data.path or config.data.market_size}", _about_repeats(prepared)]
+        data = [f"{config.data.format} {config.data.path or config.data.market_size}", _about_dropped(prepared)]
         return {
             "data": ", ".join(filter(None, data)),
             "teacher": self._about_teacher(),
@@ -260,9 +265,14 @@ class StepWork:
         return f"ensemble of {', '.join(members)}"
 
 
-def _about_repeats(prepared: Mapping[str, Any]) -> str:
-    """What was done about pairs that are judged twice; "" where none is."""
-    if not (repeated := prepared["repeated_judgments_dropped"]):
-        return ""
-    conflicts = prepared.get("of_another_grade", {}).get("count", 0)
-    return f"{repeated:,} judgments repeat a pair and were dropped, {conflicts:,} of them with another grade than the first"
+def _about_dropped(prepared: Mapping[str, Any]) -> str:
+    """What was done about judgments that cannot all be used; "" where they can."""
+    told = []
+    if repeated := prepared["repeated_judgments_dropped"]:
+        conflicts = prepared.get("of_another_grade", {}).get("count", 0)
+        told.append(
+            f"{repeated:,} judgments repeat a pair and were dropped, {conflicts:,} of them with another grade than the first"
+        )
+    if leaking := prepared["leaking_judgments_dropped"]:
+        told.append(f"{leaking:,} train judgments were dropped: their queries nearly equal ones of dev or test")
+    return "; ".join(told)

@@ -168,7 +168,7 @@ def _checked_judgments(source: Source) -> tuple[pa.Table, int, list[str]]:
             known.add(grade)
         keep.append((query_id, product_id) not in first)
         first_grade, first_row = first.setdefault((query_id, product_id), (grade, row))
-        if first_grade != grade:
+        if scale.hard_distribution(first_grade).tolist() != scale.hard_distribution(grade).tolist():
             conflicts.append(
                 f"{name}, row {row}: query {query!r}, product {product_id!r} is {grade}, in row {first_row} {first_grade}"
             )

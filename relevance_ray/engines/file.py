@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
+from scipy.stats import norm
 
 from relevance_ray.calibration import class_logits_of_distribution
 from relevance_ray.engines.base import SINGLE_LOGIT_GAINS, Labels, Pair, row_error
@@ -30,7 +31,8 @@ class FileEngine:
             `logit` or `grade` (a name on the scale, or a number between its grades). With both, `logit` is read.
         scale: what the grades mean. A grade becomes the log of its distribution, smoothed to its neighbours.
         label_smoothing: the mass that goes there.
-        standardize: give logits mean 0 and deviation 1, so that any numbers keep their order in float32.
+        by_rank: replace logits by normal scores of their rank among the file's distinct ones, so that any numbers (a -1e9
+            for what a filter removed, too) keep their order in float32.
 
     Raises:
         UserError: no such file, not of its kind, a missing column, an unknown grade or an empty cell (with its row),
@@ -40,9 +42,9 @@ class FileEngine:
     num_tokens = 0
 
     def __init__(
-        self, path: str | Path, scale: LabelScale, label_smoothing: float = 0.1, standardize: bool = False
+        self, path: str | Path, scale: LabelScale, label_smoothing: float = 0.1, by_rank: bool = False
     ) -> None:
-        self.path, self.label_smoothing, self._standardize = Path(path), label_smoothing, standardize
+        self.path, self.label_smoothing, self._by_rank = Path(path), label_smoothing, by_rank
         table = _read(self.path)
         columns = set(table.column_names)
         has_logit = "logit" in columns
@@ -95,8 +97,8 @@ class FileEngine:
                 f"{self.path} row {bad[0] + 1}: logit {logits[bad[0]]} is not a finite number; remove the row"
             )
         values, index = np.unique(logits, return_inverse=True)
-        if self._standardize and len(values) > 1:
-            values = (values - values.mean()) / values.std()
+        if self._by_rank:
+            values = norm.ppf((np.arange(len(values)) + 0.5) / len(values))
         return index, np.stack([np.zeros_like(values), values], axis=1).astype(np.float32)
 
     def _grades(self, table: pa.Table, scale: LabelScale) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from relevance_ray.calibration import CALIBRATIONS, Calibration
+from relevance_ray.calibration import Calibration, fit_calibration
 from relevance_ray.engines.bi_encoder import build_bi_encoder_folder
 from relevance_ray.engines.bm25 import build_bm25_folder
 from relevance_ray.engines.registry import load_pair_model
@@ -72,14 +72,13 @@ def build_baselines(
 
 def calibrate_folder(folder: Path, dev: pa.Table, scale: LabelScale, method: CalibrationMethod = "ordinal") -> None:
     """Fit a model folder's calibration on judged groups and write it into its `relevance.json`."""
-    calibration = fit_calibration(load_pair_model(folder), dev, scale, method)
+    calibration = calibration_on(load_pair_model(folder), dev, scale, method)
     write_model_info(folder, replace(read_model_info(folder), calibration=calibration))
 
 
-def fit_calibration(model: Asked, dev: pa.Table, scale: LabelScale, method: CalibrationMethod) -> Calibration | None:
+def calibration_on(model: Asked, dev: pa.Table, scale: LabelScale, method: CalibrationMethod) -> Calibration | None:
     """A calibration of what a model says of judged groups, without smoothing; None where it can score none of them."""
     logits = predict(model, flatten(dev, scale)).logits
     judged = [product for row in dev["products"].to_pylist() for product in row]
     distributions = np.array([scale.distribution(item["grade"], item["rater_grades"], 0.0) for item in judged])
-    scored = np.isfinite(logits)
-    return CALIBRATIONS[method].fit(logits[scored], distributions[scored]) if scored.any() else None
+    return fit_calibration(method, logits, distributions)

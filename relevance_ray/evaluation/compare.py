@@ -16,6 +16,7 @@ from relevance_ray.evaluation.measure import Measured, Predictions, measure
 from relevance_ray.evaluation.options import EvaluateOptions
 from relevance_ray.evaluation.significance import (
     MIN_QUERIES,
+    bootstrap_p,
     holm,
     percentile_interval,
     permutations_drawn,
@@ -46,8 +47,9 @@ def compare_predictions(
                                "metrics": {metric: {"value", "low", "high"}}}},
              "differences": [{"metric", "model", "other", "difference", "low", "high", "p", "p_holm"}]}
 
-        What tells of fewer than `significance.MIN_QUERIES` queries has no interval. `p` is the randomization test's, of
-        metrics that are means over queries; `p_holm` holds it against the comparisons of all models by that metric.
+        What tells of fewer than `significance.MIN_QUERIES` queries has no interval. `p` is the randomization test's for
+        metrics that are means over queries, and the bootstrap's for the others; `p_holm` holds it against the comparisons
+        of all models by that metric.
     """
     measured = {
         name: measure(pairs, prediction, scale.num_classes, options.ks, options.precisions)
@@ -73,18 +75,17 @@ def compare_predictions(
             "metrics": {metric: _with_interval("value", *found) for metric, found in values[name].items()},
         }
     p_values = _p_values(measured, options)
-    differences: list[dict[str, Any]] = [
-        {"metric": metric, "model": model, "other": other}
-        | _with_interval(
-            "difference",
-            values[model][metric][0] - values[other][metric][0],
-            values[model][metric][1] - values[other][metric][1],
-        )
-        | p_values.get((metric, model, other), {"p": None, "p_holm": None})
-        for model, other in itertools.combinations(predictions, 2)
-        for metric in values[model]
-        if metric in values[other]
-    ]
+    differences: list[dict[str, Any]] = []
+    for model, other in itertools.combinations(predictions, 2):
+        for metric in (metric for metric in values[model] if metric in values[other]):
+            (own, own_draw), (its, its_draw) = values[model][metric], values[other][metric]
+            p_values.setdefault(metric, {}).setdefault((model, other), bootstrap_p(own_draw - its_draw))
+            row: dict[str, Any] = {"metric": metric, "model": model, "other": other}
+            differences.append(row | _with_interval("difference", own - its, own_draw - its_draw))
+    corrected = {metric: holm(by_pair) for metric, by_pair in p_values.items()}
+    for row in differences:
+        of, pair = row["metric"], (row["model"], row["other"])
+        row |= {"p": _or_none(p_values[of][pair]), "p_holm": _or_none(corrected[of][pair])}
     everything = np.zeros(pairs.num_pairs, dtype=np.int64)
     gain, relevant = (count_by_query(everything, 1, pairs.offsets, worth) for worth in (pairs.gains, pairs.relevant))
     return {
@@ -100,8 +101,8 @@ def compare_predictions(
 
 def _p_values(
     measured: Mapping[str, Sequence[Measured]], options: EvaluateOptions
-) -> dict[tuple[str, str, str], dict[str, float | None]]:
-    """(metric, model, other) -> "p" and "p_holm" of the metrics that are means over queries."""
+) -> dict[str, dict[tuple[str, str], float]]:
+    """metric -> (model, other) -> p of the metrics that are means over queries."""
     by_query = {
         name: {part.names: part.by_query for part in parts if part.by_query is not None}
         for name, parts in measured.items()
@@ -113,11 +114,7 @@ def _p_values(
             p_values = randomization_test(difference_by_query, options.num_permutations, options.seed)
             for metric, p in zip(metrics, p_values.tolist(), strict=True):
                 found.setdefault(metric, {})[model, other] = p
-    return {
-        (metric, *key): {"p": _or_none(by_pair[key]), "p_holm": _or_none(corrected)}
-        for metric, by_pair in found.items()
-        for key, corrected in holm(by_pair).items()
-    }
+    return found
 
 
 def _or_none(value: float) -> float | None:
@@ -129,10 +126,10 @@ def _with_interval(key: str, value: float, samples: np.ndarray) -> dict[str, flo
     return {name: _or_none(v) for name, v in ((key, value), ("low", low), ("high", high))}
 
 
-def is_sure(found: Mapping[str, float | None], *, corrected: bool = True) -> bool:
-    """Whether a `difference` can be told from 0: by its interval, and by its p where it has one."""
-    low, high, p = (found.get(name) for name in ("low", "high", "p_holm" if corrected else "p"))
-    return low is not None and high is not None and (low > 0 or high < 0) and (p is None or p < LEVEL)
+def is_sure(found: Mapping[str, float | None], p: float | None = None) -> bool:
+    """Whether a `difference` can be told from 0: by its interval, and by its p (`p_holm` unless another is given)."""
+    low, high, p = found.get("low"), found.get("high"), found.get("p_holm") if p is None else p
+    return low is not None and high is not None and (low > 0 or high < 0) and p is not None and p < LEVEL
 
 
 def difference(split: Mapping[str, Any], metric: str, model: str, other: str) -> dict[str, float | None] | None:

@@ -61,6 +61,8 @@ def evaluate_models(
         slices = [] if context is None else find_slices(pairs, context, options.slices)
         tables.append(predictions_table(split, pairs, predictions, slice_columns(slices, pairs.num_pairs)))
         splits[split] = report_split(pairs, predictions, slices, scale, options, model, others)
+        for name, asked in models.items():
+            splits[split]["models"][name]["calibration"] = asked.calibration and asked.calibration.method
     if not splits:
         raise UserError(
             f"no judgment to evaluate on: none lies in split {' or '.join(options.splits)}; "
@@ -105,6 +107,8 @@ def as_results(
         "model": model,
         "others": list(others),
         "scale": scale.to_dict(),
+        "ks": options.ks,
+        "precisions": options.precisions,
         "metrics": metric_names(options.ks, options.precisions),
         "num_resamples": options.num_resamples,
         "num_permutations": options.num_permutations,

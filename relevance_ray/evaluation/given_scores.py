@@ -13,7 +13,7 @@ from relevance_ray.engines.base import Labels, Pair
 from relevance_ray.engines.file import FileEngine
 from relevance_ray.errors import UserError
 from relevance_ray.evaluation.ask import predict
-from relevance_ray.evaluation.baselines import fit_calibration
+from relevance_ray.evaluation.baselines import calibration_on
 from relevance_ray.evaluation.judged import flatten
 from relevance_ray.schema import LabelScale, pair_id
 from relevance_ray.training.options import CalibrationMethod
@@ -36,10 +36,10 @@ class GivenScores:
     def __init__(
         self, path: str | Path, scale: LabelScale, dev: pa.Table | None = None, method: CalibrationMethod = "ordinal"
     ) -> None:
-        self._engine = FileEngine(path, scale, label_smoothing=0.0, standardize=True)
+        self._engine = FileEngine(path, scale, label_smoothing=0.0, by_rank=True)
         self.gains, self.scale = self._engine.gains, scale
         self.calibration: Calibration | None = None
-        self.calibration = fit_calibration(self, dev, scale, method) if dev is not None and dev.num_rows else None
+        self.calibration = calibration_on(self, dev, scale, method) if dev is not None and dev.num_rows else None
 
     def check(self, judged: Sequence[pa.Table], what: str) -> None:
         """Raise `UserError` where none of the judged pairs has a score; `what` names the file."""

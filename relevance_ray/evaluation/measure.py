@@ -187,13 +187,18 @@ def _probabilities(pairs: Judgments, probabilities: np.ndarray) -> Measured:
 
 
 def _levels(pairs: Judgments, probabilities: np.ndarray) -> Measured:
-    """How far probabilities hold within each query: a model may be right over all pairs and wrong for each query."""
+    """How far probabilities hold within each query: a model may be right over all pairs and wrong for each query.
+
+    The calibration error of a query is how far the mean of its probabilities is from its share of relevant products, less
+    what chance leaves of that where they are right (the mean of a half-normal): 0 is right, whatever the lengths of lists.
+    """
     squares = brier_score(pairs.relevant, probabilities)
     one_cell = np.zeros(pairs.num_pairs, dtype=np.int64)
     said, seen, error = (
         count_by_query(one_cell, 1, pairs.offsets, values)[:, 0] for values in (probabilities, pairs.relevant, squares)
     )
+    variance = count_by_query(one_cell, 1, pairs.offsets, probabilities * (1 - probabilities))[:, 0]
     lengths = np.diff(pairs.offsets)
-    of_query = [np.abs(said - seen), error]
+    of_query = [np.abs(said - seen) - np.sqrt(2 / np.pi * variance), error]
     held = [np.divide(each, lengths, out=np.full(len(lengths), np.nan), where=lengths > 0) for each in of_query]
     return Measured.means(_LEVEL_NAMES, np.stack(held, axis=1))

@@ -56,6 +56,9 @@ class EvaluateOptions:
     def __post_init__(self) -> None:
         if not self.splits or not set(self.splits) <= {"train", "dev", "test"}:
             raise ValueError(f"splits {self.splits} must name some of train, dev, test")
+        for name in ("splits", "ks", "precisions", "baselines", "slices"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ValueError(f"{name} {getattr(self, name)} names something twice")
         if any(k < 1 for k in self.ks):
             raise ValueError(f"ks {self.ks} must be cutoffs of at least 1")
         taken = {"student", "teacher", "human_only", *get_args(Baseline)}

@@ -18,7 +18,7 @@ from relevance_ray.evaluation.options import EvaluateOptions
 from relevance_ray.evaluation.slices import read_slices
 from relevance_ray.metrics import group_offsets
 from relevance_ray.schema import LabelScale
-from relevance_ray.storage import exists, join, read_json, read_table
+from relevance_ray.storage import absolute, exists, join, read_json, read_table
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,18 @@ class EvaluatedRun:
         name: of the run: the last part of its root.
         folder: of the evaluation.
         scale: of its grades.
-        settings: of the run, by dotted key, those that were not at their default.
+        settings: of the run, by dotted key, those that were not at their default; None where an earlier version kept none.
+        ks: cutoffs that it was measured at.
+        precisions: at which recall was measured.
         table: `ask.predictions_table` of all its splits.
     """
 
     name: str
     folder: str
     scale: LabelScale
-    settings: Mapping[str, str]
+    settings: Mapping[str, str] | None
+    ks: list[int]
+    precisions: list[float]
     table: pa.Table
 
 
@@ -59,11 +63,18 @@ def read_run(path: str) -> EvaluatedRun:
     if not exists(join(folder, "predictions.parquet")):
         raise UserError(f"{folder} holds no predictions of models; give the root of a run that was evaluated")
     table = read_table(join(folder, "predictions.parquet"))
-    if "title" not in table.column_names:
-        raise UserError(f"{folder} was evaluated by an earlier version, which kept too little; evaluate the run again")
     report = read_json(join(folder, "report.json"))
-    name = folder.split("/")[-2] if "/" in folder else folder
-    return EvaluatedRun(name, folder, LabelScale.from_dict(report["scale"]), report.get("settings", {}), table)
+    if "title" not in table.column_names or "ks" not in report:
+        raise UserError(f"{folder} was evaluated by an earlier version, which kept too little; evaluate the run again")
+    return EvaluatedRun(
+        name=absolute(folder).rstrip("/").split("/")[-2],
+        folder=folder,
+        scale=LabelScale.from_dict(report["scale"]),
+        settings=report.get("settings"),
+        ks=report["ks"],
+        precisions=report["precisions"],
+        table=table,
+    )
 
 
 def compare_runs(
@@ -73,12 +84,13 @@ def compare_runs(
 
     Returns:
         What `evaluate.evaluate_models` does, of the two runs' names, the slices being those of the first one; `notes` of a
-        split say what only one of them judged; and `settings_that_differ`, key -> the value of each, None for a default.
+        split say what only one of them judged; and, where both kept their settings, `settings_that_differ`, key -> the
+        value of each, None for a default.
 
     Raises:
         UserError: the model is not in both, other scales, no pair in common, or a pair that is graded differently.
     """
-    options = options or EvaluateOptions()
+    options = options or EvaluateOptions(ks=first.ks, precisions=first.precisions)
     for run in (first, second):
         if f"{model}.logit" not in run.table.column_names:
             known = [name.removesuffix(".logit") for name in run.table.column_names if name.endswith(".logit")]
@@ -106,10 +118,15 @@ def compare_runs(
         )
     for found in splits.values():
         found["notes"] += alone
-    keys = sorted({key for run in (first, second) for key in run.settings})
-    values = {key: [run.settings.get(key) for run in (first, second)] for key in keys}
-    unlike = {key: dict(zip(names, pair, strict=True)) for key, pair in values.items() if pair[0] != pair[1]}
-    return {**as_results(splits, first.scale, options, names[0], names[1:]), "settings_that_differ": unlike}
+    results = as_results(splits, first.scale, options, names[0], names[1:])
+    if first.settings is None or second.settings is None:
+        return results
+    own, other = first.settings, second.settings
+    unlike = {key: dict(zip(names, (own.get(key), other.get(key)), strict=True)) for key in sorted({*own, *other})}
+    return {
+        **results,
+        "settings_that_differ": {key: pair for key, pair in unlike.items() if len(set(pair.values())) > 1},
+    }
 
 
 def names_of(first: EvaluatedRun, second: EvaluatedRun) -> tuple[str, str]:
@@ -167,6 +184,8 @@ def _compare(
         for name, count in left_out.items()
         if count
     ]
+    if found["slices"]:
+        found["notes"].append(f"Slices are those of {names[0]}: its query log, and the brands judged in its training.")
     return found
 
 

@@ -18,8 +18,9 @@ import numpy as np
 Statistic = Callable[[np.ndarray], np.ndarray]
 """counts [b, q], how often each of q queries is drawn -> m values of each draw, float64 [b, m], NaN for undefined."""
 MAX_BLOCK_VALUES = 8_000_000
-MIN_QUERIES = 5
-"""Fewer queries, drawn again and again, show how they differ and not how others would: they get no interval."""
+MIN_QUERIES = 10
+"""Fewer queries, drawn again and again, show how they differ and not how others would: of 5, an interval called 95% holds
+the truth in about 80% of cases (of 10 in 90%, of 20 in 92%). They get none."""
 TIE = 1e-9
 """Two models' values of one query that are nearer are the same ranking, up to the rounding of a sum."""
 
@@ -74,6 +75,15 @@ def percentile_interval(samples: np.ndarray, level: float = 0.95) -> tuple[float
         return float("nan"), float("nan")
     low, high = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def bootstrap_p(draws: np.ndarray) -> float:
+    """Two-sided p-value of resampled differences [b]: twice the share on the rarer side of 0, of which 0 itself is half, the
+    difference seen included. NaN where a draw is undefined."""
+    if not len(draws) or np.isnan(draws).any():
+        return float("nan")
+    below, above = ((side < 0).sum() + 0.5 * (side == 0).sum() for side in (draws, -draws))
+    return float(min(1.0, 2.0 * (min(below, above) + 1.0) / (len(draws) + 1.0)))
 
 
 def randomization_test(differences: np.ndarray, num_permutations: int, seed: int) -> np.ndarray:

@@ -20,7 +20,7 @@ from relevance_ray.evaluation.compare import compare_predictions
 from relevance_ray.evaluation.judged import JudgedPairs, Judgments
 from relevance_ray.evaluation.measure import Predictions
 from relevance_ray.evaluation.options import Dimension, EvaluateOptions
-from relevance_ray.evaluation.significance import MIN_QUERIES
+from relevance_ray.evaluation.significance import MIN_QUERIES, holm
 from relevance_ray.generate.options import BANDS
 from relevance_ray.generate.queries.language import count_words, language_of
 from relevance_ray.generate.queries.sources import log_bands
@@ -149,7 +149,8 @@ def slice_reports(
     Returns:
         Of each slice "dimension", "slice", "num_queries" (of two products and more, of different gain: the others rank
         nothing), "num_pairs", and the rest of `compare_predictions` where it has at least `MIN_QUERIES` such queries and is
-        not all there is. Unmeasured and undefined ones come last.
+        not all there is; `p_holm` of the model's pairwise accuracy is held against all slices and others. Unmeasured and
+        undefined ones come last.
     """
     options = replace(options, num_permutations=min(options.num_permutations, 1000))
     reports = []
@@ -161,7 +162,21 @@ def slice_reports(
             report |= compare_predictions(part, of_part, scale, options)
         report |= {"num_queries": ranked, "num_pairs": part.num_pairs}
         reports.append(report)
+    _correct(reports, model)
     return sorted(reports, key=lambda report: _value(report, model))
+
+
+def _correct(reports: Sequence[Mapping[str, Any]], model: str) -> None:
+    """Hold the model's differences in `SLICE_METRIC` against each other: of many slices some look bad by chance."""
+    rows = [
+        row
+        for report in reports
+        for row in report.get("differences", [])
+        if row["metric"] == SLICE_METRIC and model in (row["model"], row["other"])
+    ]
+    known = {place: row["p"] for place, row in enumerate(rows) if row["p"] is not None}
+    for place, p in holm(known).items():
+        rows[place]["p_holm"] = p
 
 
 def restrict(

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from relevance_ray.calibration import CALIBRATIONS, Calibration
+from relevance_ray.calibration import MIN_ISOTONIC, Calibration, fit_calibration
 from relevance_ray.errors import UserError
 from relevance_ray.model_folder import INFO_FILE, finish_folder, read_model_info, staged_folder
 from relevance_ray.schema import LabelScale
@@ -26,25 +26,35 @@ def finished_summary(out_dir: str) -> dict[str, Any] | None:
         return None
 
 
-def check_dev_queries(judged_file: str) -> None:
-    """Raise `UserError` where there is nothing to choose weights by and to calibrate on; before training, not after."""
-    if read_judged_split(judged_file, "dev").num_rows == 0:
+def check_dev_queries(judged_file: str, method: CalibrationMethod = "ordinal") -> None:
+    """Raise `UserError` where there is nothing to choose weights by, or too little to calibrate on; before training, not
+    after."""
+    dev = read_judged_split(judged_file, "dev")
+    num_pairs = sum(map(len, dev["products"].to_pylist()))
+    if method == "isotonic" and num_pairs < MIN_ISOTONIC:
+        raise UserError(
+            f"student.calibration=isotonic follows the noise of few judgments: {judged_file} has {num_pairs:,} dev pairs, "
+            f"and it takes {MIN_ISOTONIC:,}; leave it at ordinal, or raise data.dev_percent"
+        )
+    if dev.num_rows == 0:
         raise UserError(f"{judged_file} has no query of split dev, which training needs; raise data.dev_percent")
     if read_judged_split(judged_file, "train").num_rows == 0:
         raise UserError(f"{judged_file} has no query of split train; lower data.test_percent and data.dev_percent")
 
 
-def calibrate(logits: np.ndarray, judged_file: str, scale: LabelScale, method: CalibrationMethod) -> Calibration:
+def calibrate(
+    logits: np.ndarray, judged_file: str, scale: LabelScale, method: CalibrationMethod = "ordinal"
+) -> Calibration:
     """Fit the class probabilities of a model on the human grades of the dev queries, without smoothing.
 
     Args:
         logits: [n] of the dev pairs in the order of the file, NaN where a pair could not be scored.
     """
     distributions = grade_distributions(read_judged_split(judged_file, "dev"), scale, label_smoothing=0.0)
-    usable = np.isfinite(logits)
-    if not usable.any():
+    calibration = fit_calibration(method, logits, distributions)
+    if calibration is None:
         raise UserError(f"none of the dev pairs of {judged_file} can be scored; look at its queries and product fields")
-    return CALIBRATIONS[method].fit(logits[usable], distributions[usable])
+    return calibration
 
 
 def publish_fit(result: FitResult, start: str, out_dir: str, calibration: Calibration, labels: str) -> dict[str, Any]:

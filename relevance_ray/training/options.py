@@ -77,17 +77,6 @@ class TeacherFitOptions(FitOptions):
 
 
 CalibrationMethod = Literal["ordinal", "isotonic"]
-
-
-def _calibration() -> Any:
-    return option(
-        "ordinal",
-        "How its probabilities are fitted on dev: ordinal, a temperature and a threshold a grade; or isotonic, of no "
-        "assumed shape, for dev judgments by the thousand",
-        added_later=True,
-    )
-
-
 _WEIGHTS = ("margin_weight", "level_weight", "bce_weight", "kl_weight", "infonce_weight")
 
 
@@ -118,7 +107,12 @@ class StudentOptions(EncoderOptions):
         0.0, "Share of the training groups that are human judgments, repeated as often as that takes"
     )
     human_order: Literal["mixed", "last"] = option("mixed", "Human judgments among the others, or after them")
-    calibration: CalibrationMethod = _calibration()
+    calibration: CalibrationMethod = option(
+        "ordinal",
+        "How its probabilities are fitted on dev: ordinal, a temperature and a threshold a grade; or isotonic, of no "
+        "assumed shape, for 1,000 dev judgments and more",
+        added_later=True,
+    )
     fit: FitOptions = option(FitOptions(), "The loop")
 
     def __post_init__(self) -> None:
@@ -198,7 +192,6 @@ class TeacherOptions(TeacherMemberOptions):
     members: list[TeacherMemberOptions] = option([], "Members of an ensemble")
     folds: int = option(2, "Folds of the train queries for a trained member's out-of-fold predictions")
     stack_l2: float = option(0.01, "Ridge of the stacking regression")
-    calibration: CalibrationMethod = _calibration()
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -102,7 +102,7 @@ def student_job(
 ) -> Job:
     """What workers are given: the start folder and the token files are made where they are missing."""
     options, judged_file = request.options, request.judged_file
-    check_dev_queries(judged_file)
+    check_dev_queries(judged_file, options.calibration)
     start = absolute(join(request.work_dir, "start"))
     build = build_two_tower if options.kind == "two_tower" else build_cross_encoder
     build(options, request.scale, start, options.fit.seed)

@@ -32,7 +32,7 @@ from relevance_ray.teacher.classifier import build_classifier
 from relevance_ray.teacher.options import ClassifierOptions
 from relevance_ray.training.finish import calibrate, check_dev_queries, finished_summary, publish_fit
 from relevance_ray.training.fit import FitResult, OnProgress, read_result
-from relevance_ray.training.options import CalibrationMethod, TeacherMemberOptions, TeacherOptions
+from relevance_ray.training.options import TeacherMemberOptions, TeacherOptions
 from relevance_ray.training.runners import Job, Runner, local_runner
 from relevance_ray.training.teacher_task import TeacherTaskSpec, query_folds
 
@@ -75,7 +75,7 @@ def train_teacher(
     if (summary := finished_summary(out_dir)) is not None:
         return summary
     check_dev_queries(judged_file)
-    trainer = _Trainer(scale, judged_file, products, runner, on_progress, label_smoothing, options.calibration)
+    trainer = _Trainer(scale, judged_file, products, runner, on_progress, label_smoothing)
     if options.kind == "ensemble":
         return trainer.ensemble(options, out_dir, work_dir)
     if options.kind == "classifier":
@@ -129,11 +129,9 @@ class _Trainer:
         runner: Runner,
         on_progress: OnProgress | None,
         label_smoothing: float,
-        calibration: CalibrationMethod,
     ) -> None:
         self.scale, self.judged_file, self.products = scale, judged_file, products
         self.runner, self.on_progress, self.label_smoothing = runner, on_progress, label_smoothing
-        self.calibration = calibration
 
     def classifier(self, member: TeacherMemberOptions, out_dir: str, work_dir: str) -> dict[str, Any]:
         """Train one classifier on all train judgments and calibrate it."""
@@ -150,7 +148,7 @@ class _Trainer:
         self, member: TeacherMemberOptions, result: FitResult, out_dir: str, work_dir: str
     ) -> dict[str, Any]:
         logits = logit_of_classes(result.predictions(), self._gains(member))
-        calibration = calibrate(logits, self.judged_file, self.scale, self.calibration)
+        calibration = calibrate(logits, self.judged_file, self.scale)
         return publish_fit(result, join(work_dir, "start"), out_dir, calibration, labels="human judgments")
 
     def untrained(
@@ -162,9 +160,7 @@ class _Trainer:
         summary = {"labels": "none", "kind": kind}
         with tempfile.TemporaryDirectory() as scratch:
             plain = _untrained_member(options, kind, self.scale, self.products, Path(scratch) / "model")
-            calibration = calibrate(
-                self._logits(plain, "dev", work_dir, part), self.judged_file, self.scale, self.calibration
-            )
+            calibration = calibrate(self._logits(plain, "dev", work_dir, part), self.judged_file, self.scale)
             _publish(plain, out_dir, calibration, summary)
         return summary
 
@@ -201,7 +197,7 @@ class _Trainer:
         usable = np.isfinite(features).all(axis=1)
         stack = fit_stack(features[usable], target[usable], groups[usable], options.stack_l2)
         dev = logit_of_classes(stack_logits(np.stack(dev_logits, axis=1), stack), self.scale.gains)
-        calibration = calibrate(dev, self.judged_file, self.scale, self.calibration)
+        calibration = calibrate(dev, self.judged_file, self.scale)
         summary = {"labels": "human judgments", "kind": "ensemble", "folds": options.folds, "members": summaries}
         with tempfile.TemporaryDirectory() as scratch:
             members = [localize(join(place, "model")) for place in places]

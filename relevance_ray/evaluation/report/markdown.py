@@ -7,9 +7,12 @@ from typing import Any
 
 from relevance_ray.evaluation.compare import difference, is_sure
 from relevance_ray.evaluation.report.words import (
+    SAME_SETTINGS,
+    in_order,
     measured_slices,
     metric_title,
     others_of,
+    p_text,
     reading,
     slice_notes,
     split_notes,
@@ -31,14 +34,22 @@ def render_markdown(
         lines += [sentence, ""]
     if about:
         lines += ["## What was run", "", *(f"- **{key}**: {value}" for key, value in about.items()), ""]
+    if settings := results.get("settings"):
+        lines += [
+            "Settings that are not the defaults: " + ", ".join(f"`{key}={text}`" for key, text in settings.items()),
+            "",
+        ]
     unlike = results.get("settings_that_differ")
     if unlike == {}:
-        lines += ["The settings of the two are the same.", ""]
+        lines += [SAME_SETTINGS, ""]
     if unlike:
         header = ["setting", *next(iter(unlike.values()))]
-        rows = [[key, *(value or "default" for value in values.values())] for key, values in unlike.items()]
+        rows = [
+            [key, *("default" if value is None else value for value in values.values())]
+            for key, values in unlike.items()
+        ]
         lines += ["## What differs", "", *_table(header, rows)]
-    for name, split in reversed(list(results["splits"].items())):
+    for name, split in in_order(results["splits"]):
         lines += _split_section(name, split, results)
     if results.get("scaling"):
         lines += ["## How many pairs it takes", "", scaling_markdown(results["scaling"])]
@@ -84,7 +95,7 @@ def _slices_section(split: Mapping[str, Any], model: str, others: list[str]) -> 
         )
     lines = [f"### Slices, the worst for {model} first", ""]
     against = [f"minus {other}" for other in others]
-    header = ["", "queries", "pairs", f"{model}, {metric_title(SLICE_METRIC)}", *against, "nDCG"]
+    header = ["", "queries that rank", "pairs", f"{model}, {metric_title(SLICE_METRIC)}", *against, "nDCG"]
     lines += _table(header, rows) if rows else []
     for note in slice_notes(split):
         lines += [note, ""]
@@ -112,7 +123,7 @@ def _difference(found: Mapping[str, float | None] | None) -> str:
     text = f"{found['difference']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
     p = found.get("p_holm")
     text = f"**{text}**" if is_sure(found) else text
-    return text if p is None else f"{text}, p {p:.3f}" if p >= 0.001 else f"{text}, p < .001"
+    return text if p is None else f"{text}, p {p_text(p)}"
 
 
 def _rate(pairs_per_second: float | None) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 
 from relevance_ray.evaluation.compare import difference, is_sure
 from relevance_ray.evaluation.report.words import (
+    SAME_SETTINGS,
+    in_order,
     measured_slices,
     metric_title,
     others_of,
@@ -21,8 +23,8 @@ from relevance_ray.evaluation.report.words import (
 from relevance_ray.evaluation.scaling import sentence_of
 from relevance_ray.evaluation.slices import SLICE_METRIC
 
-HEADLINE = ("ndcg", "ndcg@10", "mrr", "roc_auc", "calibration_error", "query_calibration_error")
-"""The metrics that are shown at once; the others are unfolded."""
+HEADLINE = ("ndcg", "mrr", "roc_auc", "calibration_error", "query_calibration_error")
+"""The metrics that are shown at once, beside nDCG at the first k; the others are unfolded."""
 Cell = dict[str, Any]
 
 
@@ -38,7 +40,7 @@ def render_html(
 
     template = resources.files("relevance_ray.evaluation.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     page = Environment(autoescape=True, trim_blocks=True).from_string(template)
-    splits = reversed(list(results["splits"].items()))
+    splits = in_order(results["splits"])
     return page.render(
         title=title,
         about=about,
@@ -47,6 +49,7 @@ def render_html(
         unlike=results.get("settings_that_differ"),
         splits=[_split(name, split, results) for name, split in splits],
         model=results["model"],
+        same_settings=SAME_SETTINGS,
         slice_title=metric_title(SLICE_METRIC),
         scaling=_scaling(results.get("scaling")),
         diversity=results.get("diversity"),
@@ -60,7 +63,8 @@ def _split(name: str, split: Mapping[str, Any], results: Mapping[str, Any]) -> d
 
     models, metrics, own = split["models"], results["metrics"], results["model"]
     held_against = others_of(results, split)
-    headline = [metric for metric in HEADLINE if metric in metrics]
+    at_k = [metric for metric in metrics if metric.startswith("ndcg@")]
+    headline = [metric for metric in ("ndcg", *at_k[:1], *HEADLINE[1:]) if metric in metrics]
     others = [model for model in models if model != own] if own in models else []
     return {
         "name": name,
@@ -86,6 +90,11 @@ def _split(name: str, split: Mapping[str, Any], results: Mapping[str, Any]) -> d
         "differences": [
             {"name": other, "cells": [_difference(split, metric, own, other) for metric in headline]}
             for other in others
+        ],
+        "others_of_all": others,
+        "all_differences": [
+            {"name": metric_title(metric), "cells": [_difference(split, metric, own, other) for other in others]}
+            for metric in metrics
         ],
         "slices": [
             {

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
@@ -61,7 +62,9 @@ def reliability_plot(split: Mapping[str, Any]) -> str:
         axes.plot([0, 1], [0, 1], color="#999999", linestyle=":", linewidth=1)
         for name, found in split["models"].items():
             if bins := found.get("reliability"):
-                axes.plot(bins["probability"], bins["relevant"], ".-", color=_color(split, name), label=_label(name))
+                color, share = _color(split, name), np.asarray(bins["pairs"]) / sum(bins["pairs"])
+                axes.plot(bins["probability"], bins["relevant"], "-", color=color, linewidth=1, label=_label(name))
+                axes.scatter(bins["probability"], bins["relevant"], s=4 + 200 * share, color=color)  # by its pairs
         axes.set_xlabel("probability that was said")
         axes.set_ylabel("share that is relevant")
         axes.legend(fontsize=8)

@@ -10,9 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from relevance_ray.evaluation.compare import LEVEL, difference, is_sure
-from relevance_ray.evaluation.significance import MIN_QUERIES
+from relevance_ray.evaluation.significance import MIN_QUERIES, holm
 
 FEW_QUERIES = 50
+MOST_FAILED = 0.02
+"""A model that leaves out a larger share of the pairs is not held against another in words: it is measured by its gaps."""
+SAME_SETTINGS = "The settings of the two are the same."
 _NAMES = {
     "ndcg": "nDCG",
     "mrr": "MRR",
@@ -37,23 +40,33 @@ def metric_title(metric: str) -> str:
     return _NAMES.get(metric, metric.replace("ndcg@", "nDCG@"))
 
 
-def verdict(split_name: str, split: Mapping[str, Any], model: str, other: str, metric: str = "ndcg") -> str | None:
-    """One honest sentence on a model against another; None where the two were not both measured. It is a comparison that was
-    planned before anything was seen, so its p is not corrected for the others."""
-    found = difference(split, metric, model, other)
+def verdict(split_name: str, split: Mapping[str, Any], model: str, other: str, p: float | None = None) -> str | None:
+    """One honest sentence on the nDCG of a model against another's; None where the two were not both measured.
+
+    Args:
+        p: to hold the claim against, in place of the comparison's own.
+    """
+    found = difference(split, "ndcg", model, other)
     if found is None or (value := found["difference"]) is None:
         return None
+    p = found["p"] if p is None else p
+    for name in (model, other):
+        if (failed := split["models"][name]["num_failed"]) > MOST_FAILED * split["num_pairs"]:
+            return (
+                f"The {model} is not held against the {other} on {split_name}: the {name} scores all but {failed:,} of "
+                f"{split['num_pairs']:,} pairs, and what it leaves out is ranked last."
+            )
     judged = split["num_queries"] - split["num_queries_without_gain"]
-    where = f"on {split_name} {metric_title(metric)}"
+    where = f"on {split_name} nDCG"
     if found["low"] is None or found["high"] is None:
         return f"{judged} queries are too few to tell the {model} from the {other} {where}: {value:+.4f}."
-    if not is_sure(found, corrected=False):
+    if not is_sure(found, p):
         claim = f"The {model} cannot be told from the {other}"
     else:
         claim = f"The {model} {'passes' if value > 0 else 'falls behind'} the {other}"
     numbers = f"{value:+.4f}, 95% interval {found['low']:+.4f} to {found['high']:+.4f}"
-    if found["p"] is not None:
-        numbers += f", p {p_text(found['p'])}"
+    if p is not None:
+        numbers += f", p {p_text(p)}"
     sentence = f"{claim} {where}: {numbers}, {judged} queries."
     if judged < FEW_QUERIES:
         sentence += " So few queries show large differences only; cross-validate over all judged ones (data.folds)."
@@ -62,7 +75,7 @@ def verdict(split_name: str, split: Mapping[str, Any], model: str, other: str, m
 
 def p_text(p: float) -> str:
     """A p-value after the letter: "< .001", ".021"."""
-    return "< .001" if p < 0.001 else f"{p:.3f}"
+    return "< .001" if p < 0.001 else f"{p:.3f}".removeprefix("0")
 
 
 def others_of(results: Mapping[str, Any], split: Mapping[str, Any]) -> list[str]:
@@ -71,10 +84,20 @@ def others_of(results: Mapping[str, Any], split: Mapping[str, Any]) -> list[str]
 
 
 def verdicts(results: Mapping[str, Any]) -> list[str]:
-    """The verdicts on the report's own model: of each other, test before dev."""
-    splits = list(reversed(results["splits"].items()))
-    found = (verdict(name, split, results["model"], other) for other in results["others"] for name, split in splits)
-    return [sentence for sentence in found if sentence]
+    """The verdict on the report's own model against each other, on the part that chose nothing: test, where there is one.
+    They were planned before anything was seen, so their p-values are corrected for each other alone."""
+    model = results["model"]
+    name, split = in_order(results["splits"])[0]
+    found = {other: difference(split, "ndcg", model, other) for other in results["others"]}
+    p_values = holm({other: row["p"] for other, row in found.items() if row is not None and row["p"] is not None})
+    sentences = (verdict(name, split, model, other, p_values.get(other)) for other in results["others"])
+    return [sentence for sentence in sentences if sentence]
+
+
+def in_order(splits: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The splits as they are shown: what chose nothing before what did."""
+    last = ("dev", "train")
+    return sorted(splits.items(), key=lambda item: last.index(item[0]) + 1 if item[0] in last else 0)
 
 
 def split_notes(split: Mapping[str, Any]) -> list[str]:
@@ -88,6 +111,14 @@ def split_notes(split: Mapping[str, Any]) -> list[str]:
         first = [f"{name}: {error}" for name, found in models.items() for error in found["errors"]]
         told = f" The first: {'; '.join(first)}." if first else ""
         notes.append(f"Pairs that could not be scored, ranked last: {', '.join(failed)}.{told}")
+    methods = {name: found.get("calibration", "") for name, found in models.items()}
+    if bare := [name for name, method in methods.items() if method is None]:
+        notes.append(
+            f"Without grades and probabilities, for want of scored dev pairs to calibrate on: {', '.join(bare)}."
+        )
+    if any(method == "isotonic" for method in methods.values()):
+        shown = ", ".join(f"{name} {method}" for name, method in methods.items() if method)
+        notes.append(f"Calibration: {shown}.")
     return notes
 
 
@@ -122,19 +153,23 @@ def reading(results: Mapping[str, Any]) -> list[str]:
         f"Label scale {scale['name']}, gains: {gains}. A pair is relevant from grade {scale['relevant_from']} on.",
         "nDCG, recall@k, MRR, MAP, pairwise accuracy and Kendall's tau (b) are means over queries; ROC AUC, PR AUC, recall "
         "at a precision, F1, calibration error (15 equal bins) and Brier score pool all pairs. By query, the calibration "
-        "error is how far the mean probability of a query's pairs is from their share of relevant ones.",
+        "error is how far the mean probability of a list is from its share of relevant products, beyond what chance leaves "
+        "where the probabilities are right: 0 is right. Resampling adds noise that the pooled calibration error counts as "
+        "error, so its interval lies high.",
         "Queries without any gain have no nDCG, those without a relevant product no recall, MRR and MAP, and they are left "
         "out of these means. Tied scores are worth the mean over their orders; random is exactly that, with everything "
         "tied.",
-        "Grades for F1, and probabilities, come from each model's calibration, which was fitted on dev: on dev itself they "
-        "flatter.",
+        "Dev chose among the checkpoints of trained models, and each model's calibration, where its grades and "
+        "probabilities come from, was fitted on it: on dev itself the figures flatter, so the sentences at the top are "
+        "about test.",
         "A slice cut by product (category, brand, price, missing fields) ranks each query's products of that slice alone. "
-        "Worst first is by the value, not by what its interval can tell: of many slices some look bad by chance.",
+        "Queries that rank are those with products of different gain in it. Worst first is by the value, not by what its "
+        "interval can tell; p is corrected for all slices.",
         f"Intervals: 95%, {results['num_resamples']} paired bootstrap resamples of whole queries, seed {results['seed']}; "
         f"none below {MIN_QUERIES} queries.",
-        f"p: the randomization test over queries{_permutations(results)}; in tables corrected for the comparisons of all "
-        "models by that metric (Holm), in the sentences at the top as it is. What is bold, or claimed there, has an "
-        f"interval without 0 and, where there is one, a p below {LEVEL}.",
+        f"p: the randomization test over queries{_permutations(results)} for means over queries, the bootstrap for what "
+        "pools all pairs. In tables it is corrected for the comparisons of all models by that metric (Holm), at the top for "
+        f"those made there. What is bold, or claimed there, has an interval without 0 and a p below {LEVEL}.",
     ]
 
 
@@ -143,4 +178,6 @@ def _permutations(results: Mapping[str, Any]) -> str:
     asked = results["num_permutations"]
     drawn = {name: split["num_permutations"] for name, split in results["splits"].items()}
     fewer = [f"{number:,} on {name}, for its many queries" for name, number in drawn.items() if number < asked]
+    of_slices = {part["num_permutations"] for split in results["splits"].values() for part in measured_slices(split)}
+    fewer += [f"{number:,} on slices" for number in of_slices if number < asked]
     return f" ({'; '.join([f'{asked:,} sign assignments', *fewer])})"
