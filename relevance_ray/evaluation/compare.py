@@ -79,7 +79,7 @@ def compare_predictions(
     for model, other in itertools.combinations(predictions, 2):
         for metric in (metric for metric in values[model] if metric in values[other]):
             (own, own_draw), (its, its_draw) = values[model][metric], values[other][metric]
-            p_values.setdefault(metric, {}).setdefault((model, other), bootstrap_p(own_draw - its_draw))
+            p_values.setdefault(metric, {}).setdefault((model, other), bootstrap_p(own - its, own_draw - its_draw))
             row: dict[str, Any] = {"metric": metric, "model": model, "other": other}
             differences.append(row | _with_interval("difference", own - its, own_draw - its_draw))
     corrected = {metric: holm(by_pair) for metric, by_pair in p_values.items()}
