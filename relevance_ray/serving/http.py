@@ -8,50 +8,17 @@ Unknown keys are refused, since a misspelt field would otherwise lower every sco
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, FiniteFloat, StringConstraints, Tag
+from pydantic import BaseModel, ConfigDict, Field
 
 from relevance_ray.engines.base import MAX_TEXT_CHARS
+from relevance_ray.serving.bodies import MAX_PRODUCTS, Product, Text, sentence_of
+from relevance_ray.serving.rerank import add_rerank, refusal
 from relevance_ray.serving.scorer import Scorer, UnscorableError
-
-MAX_PRODUCTS = 1000
-
-Text = Annotated[str, StringConstraints(max_length=MAX_TEXT_CHARS)]
-
-
-class ProductFields(BaseModel):
-    """A product by its fields. The model reads those of its template (see `/info`); the others are accepted unread."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    product_id: Text | None = Field(None, description="Returned with the result; never read by the model.")
-    title: Text | None = None
-    brand: Text | None = None
-    color: Text | None = None
-    category: Text | None = Field(None, description='A path, "A > B > C".')
-    description: Text | None = None
-    bullets: Text | None = None
-    attributes: dict[Text, Text] | None = None
-    price: FiniteFloat | None = None
-    locale: Text | None = None
-
-
-def _form(product: Any) -> str | None:
-    if isinstance(product, str):
-        return "text"
-    return "fields" if isinstance(product, dict | ProductFields) else None
-
-
-Product = Annotated[
-    Annotated[Text, Tag("text")] | Annotated[ProductFields, Tag("fields")],
-    Discriminator(
-        _form, custom_error_type="product", custom_error_message="a product is a text or an object of fields"
-    ),
-]
 
 
 class ScoreRequest(BaseModel):
@@ -97,12 +64,17 @@ class ScoreResponse(BaseModel):
 
 
 def create_app(scorer: Scorer) -> FastAPI:
-    """The application around a loaded scorer: `GET /health`, `GET /info`, `POST /score`."""
+    """The application around a loaded scorer: `GET /health`, `GET /info`, `POST /score`, and the routes of
+    `rerank.add_rerank`."""
     app = FastAPI(title="relevance_ray", description="Scores how relevant products are to a query.")
 
     @app.exception_handler(RequestValidationError)
-    async def refuse(_: Request, error: RequestValidationError) -> JSONResponse:
-        return JSONResponse({"detail": _sentence(error)}, status_code=422)
+    async def refuse(request: Request, error: RequestValidationError) -> JSONResponse:
+        return refusal(request.url.path, sentence_of(error))
+
+    @app.exception_handler(UnscorableError)
+    async def refuse_pair(request: Request, error: UnscorableError) -> JSONResponse:
+        return refusal(request.url.path, str(error))
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -116,21 +88,10 @@ def create_app(scorer: Scorer) -> FastAPI:
     def score(request: ScoreRequest) -> ScoreResponse:  # not async: runs in a thread, so that /health answers meanwhile
         start = time.perf_counter()
         products = [p if isinstance(p, str) else p.model_dump(exclude_none=True) for p in request.products]
-        try:
-            rows = scorer.score(request.query, products)
-        except UnscorableError as error:
-            raise HTTPException(422, str(error)) from error
+        rows = scorer.score(request.query, products)
         ids = [None if isinstance(p, str) else p.product_id for p in request.products]
         results = [Result(product_id=given, **row) for given, row in zip(ids, rows, strict=True)]
         return ScoreResponse(results=results, milliseconds=round(1000 * (time.perf_counter() - start), 3))
 
+    add_rerank(app, scorer)
     return app
-
-
-def _sentence(error: RequestValidationError) -> str:
-    first = error.errors()[0]
-    if first["type"] == "json_invalid":
-        return f"the body is no JSON: {first['ctx']['error']} at character {first['loc'][-1]}"
-    where = ".".join(str(part) for part in first["loc"] if part not in ("body", "text", "fields"))
-    more = len(error.errors()) - 1
-    return (f"{where}: " if where else "") + str(first["msg"]) + (f" (and {more} more)" if more else "")
