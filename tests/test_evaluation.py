@@ -404,6 +404,7 @@ def test_a_handful_of_queries_gets_no_interval_and_proves_nothing():
     assert split["models"]["student"]["metrics"]["ndcg"] == {"value": 1.0, "low": None, "high": None}
     sentence = verdict("test", split, "student", "teacher")
     assert sentence.startswith("3 queries are too few to tell the student from the teacher on test nDCG: +0.")
+    assert sentence.endswith("; cross-validate over all judged ones (data.folds).")
 
 
 def test_a_shift_of_probabilities_within_queries_is_seen_though_the_pool_hides_it():

@@ -13,6 +13,7 @@ from relevance_ray.evaluation.compare import LEVEL, difference, is_sure
 from relevance_ray.evaluation.significance import MIN_QUERIES, holm
 
 FEW_QUERIES = 50
+CROSS_VALIDATE = "cross-validate over all judged ones (data.folds)"
 MOST_FAILED = 0.02
 """A model that leaves out a larger share of the pairs is not held against another in words: it is measured by its gaps."""
 SAME_SETTINGS = "The settings of the two are the same."
@@ -59,7 +60,8 @@ def verdict(split_name: str, split: Mapping[str, Any], model: str, other: str, p
     judged = split["num_queries"] - split["num_queries_without_gain"]
     where = f"on {split_name} nDCG"
     if found["low"] is None or found["high"] is None:
-        return f"{judged} queries are too few to tell the {model} from the {other} {where}: {value:+.4f}."
+        told = f"{judged} queries are too few to tell the {model} from the {other} {where}: {value:+.4f}"
+        return f"{told}; {CROSS_VALIDATE}."
     if not is_sure(found, p):
         claim = f"The {model} cannot be told from the {other}"
     else:
@@ -69,7 +71,7 @@ def verdict(split_name: str, split: Mapping[str, Any], model: str, other: str, p
         numbers += f", p {p_text(p)}"
     sentence = f"{claim} {where}: {numbers}, {judged} queries."
     if judged < FEW_QUERIES:
-        sentence += " So few queries show large differences only; cross-validate over all judged ones (data.folds)."
+        sentence += f" So few queries show large differences only; {CROSS_VALIDATE}."
     return sentence
 
 
