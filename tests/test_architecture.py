@@ -42,7 +42,8 @@ RAY_SHELLS = {
     "cli.py",
     "ray_session.py",
 }
-PYDANTIC_SHELLS = {"config.py", "serving/http.py", "training/torchrun.py"}
+WIRE = {f"serving/{name}.py" for name in ("http", "bodies", "rerank", "embed")}
+PYDANTIC_SHELLS = {"config.py", "training/torchrun.py", *WIRE}
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from relevance_ray.engines.base import MAX_TEXT_CHARS
 from relevance_ray.serving.bodies import MAX_PRODUCTS, Product, Text, sentence_of
+from relevance_ray.serving.embed import add_embed
 from relevance_ray.serving.rerank import add_rerank, refusal
 from relevance_ray.serving.scorer import Scorer, UnscorableError
 
@@ -65,7 +66,7 @@ class ScoreResponse(BaseModel):
 
 def create_app(scorer: Scorer) -> FastAPI:
     """The application around a loaded scorer: `GET /health`, `GET /info`, `POST /score`, and the routes of
-    `rerank.add_rerank`."""
+    `rerank.add_rerank` and `embed.add_embed`."""
     app = FastAPI(title="relevance_ray", description="Scores how relevant products are to a query.")
 
     @app.exception_handler(RequestValidationError)
@@ -94,4 +95,5 @@ def create_app(scorer: Scorer) -> FastAPI:
         return ScoreResponse(results=results, milliseconds=round(1000 * (time.perf_counter() - start), 3))
 
     add_rerank(app, scorer)
+    add_embed(app, scorer)
     return app

@@ -16,6 +16,7 @@ import numpy as np
 
 from relevance_ray.calibration import logit_of_classes
 from relevance_ray.engines.base import row_error
+from relevance_ray.engines.bi_encoder import BiEncoderModel
 from relevance_ray.engines.registry import load_pair_model
 from relevance_ray.engines.transformers import SequenceModel
 from relevance_ray.errors import UserError
@@ -65,13 +66,17 @@ class Scorer:
         self._lock = threading.Lock()
 
     def describe(self) -> dict[str, Any]:
-        """The model in plain values: folder name, kind, label scale, fields read and the token limit."""
+        """The model in plain values: folder name, kind, label scale, fields read and the token limit; of a two-tower also
+        the dimension of its vectors, and how a cosine becomes a logit."""
+        vectors = {"dimension": self._model.encoder.dimension} if isinstance(self._model, BiEncoderModel) else {}
         return {
             "model": self.folder.resolve().name,
             "kind": self.info.kind,
             "scale": self.info.scale.to_dict(),
             "fields": list(self.info.template.fields),
             "max_tokens": self.info.template.max_tokens,
+            **vectors,
+            **{key: self.info.extra[key] for key in ("logit_scale", "bias") if key in self.info.extra},
         }
 
     def problem(self, query: Any, product: Any) -> str | None:
@@ -128,6 +133,34 @@ class Scorer:
             }
             for place in range(len(fields))
         ]
+
+    def embed(self, inputs: Sequence[str | Mapping[str, Any]]) -> tuple[np.ndarray, list[bool]]:
+        """Vectors of a two-tower.
+
+        Args:
+            inputs: each a text (a query, or a product's title) or a product mapping with keys of `schema.FIELDS`.
+
+        Returns:
+            Unit vectors, float32 [n, d], and of each input whether it was longer than the model reads, and cut. The logit of
+            a query and a product is `logit_scale * (cosine - bias)`, with both numbers in `describe()`.
+
+        Raises:
+            UnscorableError: the model has no vectors, or an input (named by its place, from 0) holds no text.
+        """
+        if not isinstance(self._model, BiEncoderModel):
+            raise UnscorableError(f"this model is a {self.info.kind}, which has no vectors; serve a two-tower")
+        template = self.info.template
+        texts = [each if isinstance(each, str) else template.render_product(each) for each in inputs]
+        for place, (given, text) in enumerate(zip(inputs, texts, strict=True)):
+            problem = row_error("query", {"title": given} if isinstance(given, str) else given)
+            if problem is None and not text.strip():
+                problem = f"there is no text in the fields this model reads ({', '.join(template.fields)})"
+            if problem is not None:
+                raise UnscorableError(f"input {place}: {problem}")
+        with self._lock:
+            encoder = self._model.encoder
+            lengths = map(len, encoder.tokenizer(texts, truncation=False, verbose=False)["input_ids"])
+            return encoder.embed(texts), [length > encoder.max_tokens for length in lengths]
 
     def _truncated(self, query: str, products: Sequence[Mapping[str, Any]]) -> Sequence[bool | None]:
         """Tokenises once more: far cheaper than scoring, and engines need not carry what only serving tells."""
