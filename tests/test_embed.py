@@ -56,6 +56,14 @@ def test_what_is_cut_or_cannot_be_read_is_told(scorer: Scorer) -> None:
             assert refused.json()["detail"].startswith(said)
 
 
+def test_a_two_tower_says_which_products_it_cut(scorer: Scorer) -> None:
+    long, fields = "shoes " * 40, {"title": "shoes", "color": "red " * 40}
+    assert [row["truncated"] for row in scorer.score("red", [long, "shoes", fields])] == [True, False, True]
+    with TestClient(create_app(scorer)) as client:
+        assert client.post("/rerank", json={"query": "red", "texts": ["shoes", long]}).status_code == 422
+        assert client.post("/rerank", json={"query": "red", "texts": [long], "truncate": True}).status_code == 200
+
+
 def test_a_cross_encoder_says_that_it_has_no_vectors(tmp_path: Path) -> None:
     with TestClient(create_app(Scorer(build_tiny_student(tmp_path / "student")))) as client:
         refused = client.post("/embed", json={"inputs": ["shoes"]})

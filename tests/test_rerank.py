@@ -124,6 +124,7 @@ def test_text_embeddings_inferences_request_gets_its_answer(
         ("/v1/rerank", {"query": QUERY, "documents": [{"shelf": 1}]}, {"message": "document 0 has neither a text nor a"}),
         ("/v1/rerank", {"query": QUERY, "documents": [{"title": 5}]}, {"message": "document 0, title: Input should be"}),
         ("/v1/rerank", {"documents": ["a"]}, {"message": "query: Field required"}),
+        ("/v1/rerank", {"query": QUERY, "documents": [5]}, {"message": "documents.0: a document is a text or an object"}),
     ],
 )  # fmt: skip
 def test_a_bad_request_is_refused_where_its_client_looks(
@@ -133,3 +134,12 @@ def test_a_bad_request_is_refused_where_its_client_looks(
     assert answer.status_code == 422
     for key, sentence in said.items():
         assert answer.json()[key].startswith(sentence)
+
+
+@pytest.mark.parametrize("value", ["NaN", '"\\ud800"', '["\\ud800"]'])
+def test_what_could_not_be_given_back_is_refused(url: str, value: str) -> None:
+    body = '{"query": "red", "documents": ["a", {"title": "b", "shelf": VALUE}], "return_documents": true}'
+    headers = {"content-type": "application/json"}
+    answer = requests.post(f"{url}/v1/rerank", data=body.replace("VALUE", value), headers=headers, timeout=30)
+    assert answer.status_code == 422
+    assert answer.json()["message"] == "documents.1: a document holds a text or a number that is no JSON"

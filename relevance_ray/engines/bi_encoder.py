@@ -64,6 +64,11 @@ class TextEncoder:
             vectors[start : start + _ROWS_AT_ONCE] = self._embed_distinct(distinct[start : start + _ROWS_AT_ONCE])
         return vectors[which]
 
+    def are_cut(self, texts: Sequence[str]) -> list[bool]:
+        """Of each text whether it has more tokens than are read."""
+        encoded = self.tokenizer(list(texts), truncation=False, padding=False, verbose=False)
+        return [len(ids) > self.max_tokens for ids in encoded["input_ids"]]
+
     def _embed_distinct(self, texts: list[str]) -> np.ndarray:
         encoded = self.tokenizer(texts, truncation=True, max_length=self.max_tokens, padding=False)
         lengths = np.asarray([len(ids) for ids in encoded["input_ids"]])

@@ -31,7 +31,8 @@ class ProductFields(BaseModel):
     locale: Text | None = None
 
 
-def _form(product: Any) -> str | None:
+def form_of(product: Any) -> str | None:
+    """Which of the two forms of a product is meant, by which it is then checked; None for neither."""
     if isinstance(product, str):
         return "text"
     return "fields" if isinstance(product, dict | ProductFields) else None
@@ -40,7 +41,7 @@ def _form(product: Any) -> str | None:
 Product = Annotated[
     Annotated[Text, Tag("text")] | Annotated[ProductFields, Tag("fields")],
     Discriminator(
-        _form, custom_error_type="product", custom_error_message="a product is a text or an object of fields"
+        form_of, custom_error_type="product", custom_error_message="a product is a text or an object of fields"
     ),
 ]
 

@@ -8,21 +8,40 @@ there unless `truncate` is set.
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
+from pydantic_core import PydanticCustomError
 
-from relevance_ray.serving.bodies import MAX_PRODUCTS, ProductFields, Text
+from relevance_ray.serving.bodies import MAX_PRODUCTS, ProductFields, Text, form_of
 from relevance_ray.serving.scorer import Scorer, UnscorableError
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
 _UNREAD = "Accepted, and not read: this server has one model, and its own limit of tokens."
 TopN = Annotated[int, Field(ge=1, description="How many results to return; all by default.")]
 Documents = Annotated[list[Text], Field(min_length=1, max_length=MAX_PRODUCTS)]
+
+
+def _sendable(document: dict[str, Any]) -> dict[str, Any]:
+    """Refuse what is no JSON, though Python's parser takes it: such a document could not be given back."""
+    try:
+        json.dumps(document, allow_nan=False, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise PydanticCustomError("document", "a document holds a text or a number that is no JSON") from error
+    return document
+
+
+Document = Annotated[
+    Annotated[Text, Tag("text")] | Annotated[dict[Text, Any], AfterValidator(_sendable), Tag("fields")],
+    Discriminator(
+        form_of, custom_error_type="document", custom_error_message="a document is a text or an object of fields"
+    ),
+]
 
 
 class CohereRequest(BaseModel):
@@ -50,7 +69,7 @@ class CohereRequestV1(BaseModel):
     model_config = _STRICT
 
     query: Text
-    documents: list[Text | dict[Text, Any]] = Field(min_length=1, max_length=MAX_PRODUCTS)
+    documents: list[Document] = Field(min_length=1, max_length=MAX_PRODUCTS)
     top_n: TopN | None = None
     return_documents: bool = Field(False, description="Give the documents back with the results.")
     rank_fields: list[Text] | None = Field(None, description="Of documents that are objects, the keys to read.")

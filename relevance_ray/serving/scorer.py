@@ -158,12 +158,13 @@ class Scorer:
             if problem is not None:
                 raise UnscorableError(f"input {place}: {problem}")
         with self._lock:
-            encoder = self._model.encoder
-            lengths = map(len, encoder.tokenizer(texts, truncation=False, verbose=False)["input_ids"])
-            return encoder.embed(texts), [length > encoder.max_tokens for length in lengths]
+            return self._model.encoder.embed(texts), self._model.encoder.are_cut(texts)
 
     def _truncated(self, query: str, products: Sequence[Mapping[str, Any]]) -> Sequence[bool | None]:
         """Tokenises once more: far cheaper than scoring, and engines need not carry what only serving tells."""
+        if isinstance(self._model, BiEncoderModel):
+            with self._lock:
+                return self._model.encoder.are_cut(list(map(self.info.template.render_product, products)))
         if not isinstance(self._model, SequenceModel):
             return [None] * len(products)
         with self._lock:
