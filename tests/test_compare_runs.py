@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_evaluation import ESCI, FAST, TitleReader, judged_table
+from judged_groups import ESCI, FAST, TitleReader, judged_table
 from tiny_chain import cli
 
 from relevance_ray.evaluation.evaluate import evaluate_models

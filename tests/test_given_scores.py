@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_evaluation import ESCI, FAST, TitleReader, judged_table
+from judged_groups import ESCI, FAST, TitleReader, judged_table
 from tiny_chain import values
 
 from relevance_ray.config import build_config

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from relevance_ray.errors import UserError
@@ -16,7 +17,7 @@ from relevance_ray.evaluation.judged import JudgedPairs, flatten, of_split
 from relevance_ray.evaluation.measure import Predictions, metric_names
 from relevance_ray.evaluation.options import EvaluateOptions
 from relevance_ray.evaluation.slices import Slice, SliceContext, find_slices, slice_columns, slice_reports
-from relevance_ray.schema import LabelScale
+from relevance_ray.schema import LabelScale, normalize_query
 
 
 def evaluate_models(
@@ -83,8 +84,11 @@ def report_split(
     others: Sequence[str],
 ) -> dict[str, Any]:
     """What is told of one split: `compare_predictions`, to each model what `curves.curves` gives, and of the model against
-    the others `examples` (`examples.won_and_lost`, one for each other) and `slices` (`slices.slice_reports`)."""
+    the others `examples` (`examples.won_and_lost`, one for each other) and `slices` (`slices.slice_reports`); and
+    `num_queries_of_a_known_text`, those whose text another query_id before them has."""
     split = compare_predictions(pairs, predictions, scale, options)
+    texts = set(map(normalize_query, set(pairs.queries)))
+    split["num_queries_of_a_known_text"] = int(np.count_nonzero(np.diff(pairs.offsets))) - len(texts)
     for name, found in predictions.items():
         split["models"][name] |= curves(pairs, found)
     examples = (won_and_lost(pairs, predictions, scale, model, other) for other in others)

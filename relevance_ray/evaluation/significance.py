@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from scipy.special import ndtr
+from scipy.special import ndtr, ndtri
 
 Statistic = Callable[[np.ndarray], np.ndarray]
 """counts [b, q], how often each of q queries is drawn -> m values of each draw, float64 [b, m], NaN for undefined."""
@@ -76,6 +76,31 @@ def percentile_interval(samples: np.ndarray, level: float = 0.95) -> tuple[float
         return float("nan"), float("nan")
     low, high = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def share_interval(hits: np.ndarray, counts: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    """Intervals of the shares hits / counts of things that come by queries: Wilson's score interval ("Probable inference",
+    JASA 1927), of as many independent things as carry the same variance (Kish, "Survey sampling", 1965, ch. 8: the design
+    effect). Unlike a bootstrap it tells of a share of 0 or 1 that few things show.
+
+    Args:
+        hits: [q, b] of each query, for b shares.
+        counts: [q, b], of which they are.
+
+    Returns:
+        low, high: float64 [b], NaN where fewer than `MIN_QUERIES` queries have any.
+    """
+    number, queries = counts.sum(0), np.count_nonzero(counts, axis=0)
+    enough = queries >= MIN_QUERIES
+    number, queries = np.where(enough, number, np.nan), np.where(enough, queries, np.nan)
+    share = hits.sum(0) / number
+    spread = np.square(hits - np.where(enough, share, 0.0) * counts).sum(0) / number**2 * queries / (queries - 1)
+    alone = share * (1 - share) / number
+    effective = number * np.divide(alone, spread, out=np.ones(len(number)), where=spread > alone)
+    z = ndtri((1 + level) / 2)
+    middle = (share + z**2 / (2 * effective)) / (1 + z**2 / effective)
+    half = z / (1 + z**2 / effective) * np.sqrt(share * (1 - share) / effective + z**2 / (4 * effective**2))
+    return middle - half, middle + half
 
 
 def bootstrap_p(value: float, draws: np.ndarray) -> float:

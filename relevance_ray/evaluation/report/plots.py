@@ -65,6 +65,9 @@ def reliability_plot(split: Mapping[str, Any]) -> str:
                 color, share = _color(split, name), np.asarray(bins["pairs"]) / sum(bins["pairs"])
                 axes.plot(bins["probability"], bins["relevant"], "-", color=color, linewidth=1, label=_label(name))
                 axes.scatter(bins["probability"], bins["relevant"], s=4 + 200 * share, color=color)  # by its pairs
+                if "low" in bins:  # else of an earlier version
+                    low, high = (np.array(bins[end], dtype=float) for end in ("low", "high"))
+                    axes.vlines(bins["probability"], low, high, color=color, linewidth=1, alpha=0.5)
         axes.set_xlabel("probability that was said")
         axes.set_ylabel("share that is relevant")
         axes.legend(fontsize=8)

@@ -108,6 +108,10 @@ def split_notes(split: Mapping[str, Any]) -> list[str]:
     for key, lacking in (("gain", "with any gain"), ("relevant", "that counts as relevant")):
         if count := split[f"num_queries_without_{key}"]:
             notes.append(f"{count:,} of {split['num_queries']:,} queries have no product {lacking}.")
+    if count := split.get("num_queries_of_a_known_text"):
+        notes.append(
+            f"{count:,} of {split['num_queries']:,} queries have the text of another query_id; each counts as a query."
+        )
     models = split["models"]
     if failed := [f"{name} {found['num_failed']:,}" for name, found in models.items() if found["num_failed"]]:
         first = [f"{name}: {error}" for name, found in models.items() for error in found["errors"]]
@@ -157,7 +161,7 @@ def reading(results: Mapping[str, Any]) -> list[str]:
         "at a precision, F1, calibration error (15 equal bins) and Brier score pool all pairs. By query, the calibration "
         "error is how far the mean probability of a list is from its share of relevant products, beyond what chance leaves "
         "where the probabilities are right: 0 is right. Resampling adds noise that the pooled calibration error counts as "
-        "error, so its interval lies high.",
+        "error, so its interval lies high. In its plot a bar is the interval of the share that is relevant.",
         "Queries without any gain have no nDCG, those without a relevant product no recall, MRR and MAP, and they are left "
         "out of these means. Tied scores are worth the mean over their orders; random is exactly that, with everything "
         "tied.",
