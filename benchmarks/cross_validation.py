@@ -144,7 +144,7 @@ def fold_predictions(config: Config, config_file: str, settings: list[str], roun
         return storage.read_table(path)
     started = time.monotonic()
     for number in range(rounds - 1):
-        student = Chain(config).student()
+        student = storage.localize(Chain(config).student())
         if number == 0 and (teacher := StepFolders(config).teacher()):
             settings = [*settings, f"evaluate.models.first_teacher={teacher}"]
         config = load_config(config_file, [*settings, f"label.model={student}"])

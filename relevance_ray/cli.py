@@ -235,21 +235,28 @@ def serve(
     set_: Overrides = None,
     host: Annotated[str, typer.Option(help="Address to bind; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to bind.")] = 8000,
+    write_config: Annotated[
+        str, typer.Option(metavar="FILE", help="Write a Ray Serve configuration for a cluster, and serve nothing.")
+    ] = "",
 ) -> None:
-    """Serve a student over HTTP until Ctrl-C; with a configuration, what the student needs is run first."""
-    from relevance_ray.serving.app import serve_model
-    from relevance_ray.serving.options import ServeOptions
+    """Serve a student over HTTP until Ctrl-C; with a configuration, what the student needs is run first.
+
+    SIGHUP makes it take over, without a pause, the model that is there by then: the folder's, or the run's newest student.
+    """
+    from relevance_ray.chain.served import model_folder, student_of_run
     from relevance_ray.storage import localize
 
-    options = ServeOptions()
-    if target.endswith((".yaml", ".yml")):
-        from relevance_ray.steps import Chain
+    is_config = target.endswith((".yaml", ".yml"))
+    given = student_of_run(_load(target, set_)) if is_config else model_folder(target, set_ or [])
+    if write_config:
+        from relevance_ray.serving.config_file import write_serve_config
 
-        config = _load(target, set_)
-        folder, options = Chain(config).student(), config.serve
-    else:
-        folder = localize(target)
-    serve_model(folder, host, port, options)
+        write_serve_config(write_config, given.model, host, port, given.options)
+        typer.echo(f"wrote {write_config}; start it on a cluster with: serve deploy {write_config}")
+        return
+    from relevance_ray.serving.app import serve_model
+
+    serve_model(localize(given.model), host, port, given.options, lambda: localize(given.newest()))
 
 
 @app.command()

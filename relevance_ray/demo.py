@@ -74,8 +74,8 @@ def ask(folder: Path, config: Config, request: dict[str, Any]) -> Any:
     """Serve a model folder for as long as one `POST /score` takes; its answer."""
     from relevance_ray.serving.app import running_server
 
-    with running_server(folder, port=0, options=config.serve) as url:
+    with running_server(folder, port=0, options=config.serve) as server:
         body = json.dumps(request).encode()
-        call = urllib.request.Request(f"{url}/score", data=body, headers={"Content-Type": "application/json"})
+        call = urllib.request.Request(f"{server.url}/score", data=body, headers={"Content-Type": "application/json"})
         with urllib.request.urlopen(call, timeout=60) as answer:
             return json.loads(answer.read())

@@ -136,10 +136,21 @@ class Chain:
         with Lease(self.at.root), contextlib.ExitStack() as stack:
             yield StepWork(StepTools(self.config, self.at, self.say, stack))
 
-    def student(self) -> Path:
-        """The student's model folder, as a local path; what it needs is run first."""
-        outcome = self.run("train-student")
-        return localize(join(outcome.folders["train-student"], "model"))
+    def student(self) -> str:
+        """The student's model folder; what it needs is run first."""
+        return join(self.run("train-student").folders["train-student"], "model")
+
+    def newest_student(self) -> str:
+        """The student that was trained last at this root, by whatever configuration; nothing is run."""
+        latest = join(self.at.root, "latest.json")
+        found = read_json(latest).get("student") if exists(latest) else None
+        if found is None:
+            raise UserError(f"{self.at.root} holds no student; run the configuration first")
+        return str(found)
+
+    def prepared(self) -> Path:
+        """The prepared folder, as a local path; it must be there."""
+        return localize(self.at.folder("prepare"))
 
     def preflight(self, until: str | None = None) -> None:
         """Refuse what can be known to fail before hours are spent: a model that does not resolve or has too few layers, a

@@ -42,7 +42,7 @@ RAY_SHELLS = {
     "cli.py",
     "ray_session.py",
 }
-WIRE = {f"serving/{name}.py" for name in ("http", "bodies", "rerank", "embed")}
+WIRE = {f"serving/{name}.py" for name in ("http", "bodies", "refusals", "rerank", "embed", "examples")}
 PYDANTIC_SHELLS = {"config.py", "training/torchrun.py", *WIRE}
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 

@@ -161,7 +161,8 @@ def test_ray_serve_answers_as_the_scorer_and_leaves_a_running_ray_alone(
 ) -> None:
     import ray
 
-    with running_server(student, port=0) as url:
+    with running_server(student, port=0) as server:
+        url = server.url
         assert requests.get(f"{url}/health", timeout=30).json() == {"status": "ok"}
         answer = requests.post(f"{url}/score", json={"query": "red shoes", "products": PRODUCTS}, timeout=30)
         expected = scorer.score("red shoes", PRODUCTS)

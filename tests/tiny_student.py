@@ -15,13 +15,13 @@ from relevance_ray.templates import Template
 WORDS = "red blue green running shoe shoes leather wallet phone case nike acme for with and a cotton shirt 1 2 3 9"
 
 
-def build_tiny_student(folder: Path, template: Template | None = None, calibrated: bool = True) -> Path:
+def build_tiny_student(folder: Path, template: Template | None = None, calibrated: bool = True, seed: int = 7) -> Path:
     """Write a cross-encoder of the ESCI scale whose logits spread widely enough to differ between products."""
     folder.mkdir(parents=True)
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS.split()]
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
     BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
-    torch.manual_seed(7)
+    torch.manual_seed(seed)
     config = BertConfig(
         vocab_size=len(vocabulary),
         hidden_size=32,

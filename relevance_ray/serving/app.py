@@ -1,18 +1,24 @@
-"""Ray Serve around the scorer: the shell that puts a model folder behind HTTP on this machine.
+"""Ray Serve around the scorer: the shell that puts a model folder behind HTTP, on this machine or on a cluster.
 
 The application itself is `http.create_app`, built inside each replica once its model is loaded, so a folder that does
 not load never takes traffic. A taken port, or a folder that holds no finished model, is refused before Ray starts,
-which would take seconds to say the same.
+which would take seconds to say the same. A new model is rolled out by building the application again: its replicas
+start, and only then the old ones end what they are at and stop.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
+import os
+import queue
+import shutil
 import signal
 import socket
+import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,44 +26,116 @@ from typing import Any
 from fastapi import FastAPI
 from ray import serve
 
-from relevance_ray.errors import UserError
+from relevance_ray.errors import UserError, what_to_mend
 from relevance_ray.ray_session import in_local_session, ray_session
+from relevance_ray.serving.config_file import APPLICATION
 from relevance_ray.serving.http import create_app
+from relevance_ray.serving.metrics import FOLDER_VARIABLE
 from relevance_ray.serving.options import ServeOptions
 from relevance_ray.serving.scorer import Scorer, StrPath, read_calibrated_info
+from relevance_ray.storage import localize
 
-APPLICATION = "relevance_ray"
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_QUIET = {"log_level": "WARNING", "enable_access_log": False}
+_TEXT_FIELDS = ("title", "brand", "color", "category", "description", "bullets")
+_ROOM = 64
+"""Requests that a replica holds at once beyond those that wait for its model: their bodies arrive, their answers leave."""
 
 
 @serve.ingress()
 class ScoringReplica:
     """One copy of the model. Ray Serve asks it for its application after the model is loaded."""
 
-    def __init__(self, model_folder: str, num_threads: int, device: str) -> None:
-        self.scorer = Scorer(Path(model_folder), device=device, num_threads=num_threads)
+    def __init__(self, model_folder: str, options: Mapping[str, Any]) -> None:
+        self.options = ServeOptions(**options)
+        if folder := os.environ.get(FOLDER_VARIABLE):
+            os.makedirs(folder, exist_ok=True)
+        device = "cuda" if self.options.gpus_per_replica > 0 else "cpu"
+        self.scorer = Scorer(localize(model_folder), device=device, num_threads=self.options.cpus_per_replica)
+        self.scorer.model_id  # noqa: B018  read now, while the folder is what was loaded
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self.scorer)
+        return create_app(self.scorer, self.options)
 
 
-def build_application(model_folder: Path, options: ServeOptions) -> serve.Application:
-    """The Serve application of a model folder, not yet running."""
+def build_application(model_folder: str, options: ServeOptions, metrics_folder: str = "") -> serve.Application:
+    """The Serve application of a model folder (local, or s3:// and then copied to each replica's machine), not yet running.
+
+    `metrics_folder` is where the replicas of one machine add up what they count; without it each tells of itself.
+    """
+    environment = {FOLDER_VARIABLE: metrics_folder} if metrics_folder else {}
     deployment = serve.deployment(ScoringReplica).options(
         name="scorer",
         num_replicas=options.num_replicas,
-        ray_actor_options={"num_cpus": options.cpus_per_replica, "num_gpus": options.gpus_per_replica},
-        max_ongoing_requests=16,  # /health shares the slots with /score: it must not wait behind a few long requests
+        ray_actor_options={
+            "num_cpus": options.cpus_per_replica,
+            "num_gpus": options.gpus_per_replica,
+            "runtime_env": {"env_vars": environment},
+        },
+        # The replica's own queue sheds, by what waits for the model; this is the bound of what it holds in memory.
+        max_ongoing_requests=options.max_queued_requests + _ROOM,
+        max_queued_requests=_ROOM,
+        backpressure_config={"status_code": 429, "retry_after_s": 1},
+        max_surge_percent=100,
+        max_constructor_retry_count=3,
+        health_check_period_s=2,
+        health_check_timeout_s=30,
     )
-    device = "cuda" if options.gpus_per_replica > 0 else "cpu"
-    return deployment.bind(str(model_folder.resolve()), options.cpus_per_replica, device)
+    return deployment.bind(model_folder, dataclasses.asdict(options))
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """What a Serve configuration imports, as `config_file` writes it.
+
+    Args:
+        args: `model`, a folder that every node can read, local or s3://; `options`, keys of `ServeOptions`.
+    """
+    options = ServeOptions(**args.get("options", {}))
+    return build_application(args["model"], options, f"/tmp/relevance_ray-metrics-{os.getpid()}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Server:
+    """A running server. `roll_out` puts another model in the place of the one it serves."""
+
+    url: str
+    options: ServeOptions
+    metrics_folder: str
+
+    def roll_out(self, model_folder: StrPath) -> None:
+        """Serve another model folder, without a request unanswered meanwhile; returns when it has taken over.
+
+        Raises:
+            UserError: the folder holds no model that loads and scores; the old one goes on.
+        """
+        check_model(model_folder)
+        application = build_application(str(Path(model_folder).resolve()), self.options, self.metrics_folder)
+        serve.run(application, name=APPLICATION, route_prefix="/", logging_config=_QUIET)
+
+
+def check_model(model_folder: StrPath) -> None:
+    """Load a model folder here and score a pair, so that one that cannot is named before any replica tries it.
+
+    Raises:
+        UserError: it is no finished model, or its files cannot be read.
+    """
+    read_calibrated_info(Path(model_folder))
+    try:
+        Scorer(model_folder, device="cpu").score("query", [dict.fromkeys(_TEXT_FIELDS, "product")])
+    except UserError:
+        raise
+    except Exception as error:
+        reason = what_to_mend(error) or f"{type(error).__name__}: {str(error)[:200]}".splitlines()[0]
+        raise UserError(
+            f"{model_folder} does not load ({reason}); give a folder that train-student finished"
+        ) from error
 
 
 @contextlib.contextmanager
 def running_server(
     model_folder: StrPath, host: str = "127.0.0.1", port: int = 8000, options: ServeOptions | None = None
-) -> Iterator[str]:
-    """Serve a model folder inside a `with` block; yields the base URL once requests are answered.
+) -> Iterator[Server]:
+    """Serve a model folder inside a `with` block; yields the server once requests are answered.
 
     `port` 0 picks a free one; host 0.0.0.0 opens the server to the network. Uses the Ray that is running, or starts one
     and stops it at the end. Raises `UserError` for a folder that is no finished model and for an address that cannot be
@@ -67,34 +145,61 @@ def running_server(
     model_folder = Path(model_folder)
     read_calibrated_info(model_folder)
     port = _free_port(host, port)
+    check_model(model_folder)
     with contextlib.ExitStack() as cleanup:  # undone from the last line up
+        metrics_folder = tempfile.mkdtemp(prefix="relevance_ray-metrics-")
+        cleanup.callback(shutil.rmtree, metrics_folder, ignore_errors=True)
         handlers = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
         cleanup.callback(_handle_signals, handlers)
-        cleanup.enter_context(ray_session())
+        # As many again as the replicas take, for those of a model that is rolled out.
+        cleanup.enter_context(
+            ray_session(max(os.cpu_count() or 1, 2 * options.num_replicas * options.cpus_per_replica))
+        )
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        quiet = {"log_level": "WARNING", "enable_access_log": False}
-        serve.start(http_options={"host": host, "port": port}, logging_config=quiet)
+        serve.start(http_options={"host": host, "port": port}, logging_config=_QUIET)
         cleanup.callback(_stop_serve)
         # A second, impatient Ctrl-C must not cut the shutdown short: it would leave Ray's processes behind.
         cleanup.callback(_handle_signals, dict.fromkeys(_STOP_SIGNALS, signal.SIG_IGN))
-        application = build_application(model_folder, options)
-        serve.run(application, name=APPLICATION, route_prefix="/", logging_config=quiet)
-        yield f"http://{_reachable(host)}:{port}"
+        application = build_application(str(model_folder.resolve()), options, metrics_folder)
+        serve.run(application, name=APPLICATION, route_prefix="/", logging_config=_QUIET)
+        yield Server(f"http://{_reachable(host)}:{port}", options, metrics_folder)
 
 
 def serve_model(
-    model_folder: StrPath, host: str = "127.0.0.1", port: int = 8000, options: ServeOptions | None = None
+    model_folder: StrPath,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    options: ServeOptions | None = None,
+    newest: Callable[[], StrPath] | None = None,
 ) -> None:
-    """Serve until Ctrl-C or SIGTERM, then stop cleanly. Errors as `running_server`."""
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    """Serve until Ctrl-C or SIGTERM, then stop cleanly. Errors as `running_server`.
+
+    On SIGHUP the model folder is read again, or the one that `newest` gives, and takes over without a pause; where it
+    cannot be loaded, the reason is printed and the old one goes on.
+    """
+    newest = newest or (lambda: model_folder)
+    asked_again: queue.SimpleQueue[None] = queue.SimpleQueue()  # safe to fill from a signal's handler, unlike an Event
+    previous = {
+        signal.SIGTERM: signal.signal(signal.SIGTERM, _interrupt),
+        signal.SIGHUP: signal.signal(signal.SIGHUP, lambda *_: asked_again.put(None)),
+    }
     try:
-        with running_server(model_folder, host, port, options) as url:
-            print(f"Serving {model_folder} at {url}; POST {url}/score, docs at {url}/docs; Ctrl-C stops.", flush=True)
-            threading.Event().wait()
+        with running_server(model_folder, host, port, options) as server:
+            told = f"Serving {model_folder} at {server.url}; POST {server.url}/score, docs at {server.url}/docs; "
+            print(f"{told}Ctrl-C stops.", flush=True)
+            while True:
+                asked_again.get()
+                try:
+                    folder = newest()
+                    server.roll_out(folder)
+                except UserError as error:
+                    print(f"The model stays as it is: {error}", flush=True)
+                else:
+                    print(f"Serving {Path(folder).resolve()} now.", flush=True)
     except KeyboardInterrupt:
         print("Stopped.", flush=True)
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        _handle_signals(previous)
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:

@@ -1,10 +1,9 @@
-"""What requests are made of: texts and products, checked strictly, and the sentence that a refusal gives."""
+"""What requests are made of: texts and products, checked strictly."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, FiniteFloat, StringConstraints, Tag
 
 from relevance_ray.engines.base import MAX_TEXT_CHARS
@@ -46,11 +45,23 @@ Product = Annotated[
 ]
 
 
-def sentence_of(error: RequestValidationError) -> str:
-    """What is wrong with a request, in one sentence that repeats nothing of what was sent."""
-    first = error.errors()[0]
-    if first["type"] == "json_invalid":
-        return f"the body is no JSON: {first['ctx']['error']} at character {first['loc'][-1]}"
-    where = ".".join(str(part) for part in first["loc"] if part not in ("body", "text", "fields"))
-    more = len(error.errors()) - 1
-    return (f"{where}: " if where else "") + str(first["msg"]) + (f" (and {more} more)" if more else "")
+class ScoreRequest(BaseModel):
+    """One query with its products."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        json_schema_extra={
+            "examples": [
+                {
+                    "query": "red running shoes",
+                    "products": ["Nike Pegasus running shoe, red", {"title": "Leather wallet", "color": "red"}],
+                }
+            ]
+        },
+    )
+
+    query: Text = Field(description="The query as typed. Too long a query is refused, never cut.")
+    products: list[Product] = Field(
+        min_length=1, max_length=MAX_PRODUCTS, description="Products as text (taken as the title) or as fields."
+    )

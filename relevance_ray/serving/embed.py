@@ -6,7 +6,8 @@ from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 
 from relevance_ray.serving.bodies import MAX_PRODUCTS, Product
-from relevance_ray.serving.scorer import Scorer
+from relevance_ray.serving.refusals import Refusal, refusals
+from relevance_ray.serving.service import Service
 
 
 class EmbedRequest(BaseModel):
@@ -30,12 +31,12 @@ class EmbedResponse(BaseModel):
     truncated: list[bool] = Field(description="Whether an input was longer than the model reads, and was cut.")
 
 
-def add_embed(app: FastAPI, scorer: Scorer) -> None:
+def add_embed(app: FastAPI, service: Service) -> None:
     """Add `POST /embed` to an application; a model that is no two-tower answers it with a 422."""
 
-    @app.post("/embed")
-    def embed(request: EmbedRequest) -> EmbedResponse:
-        vectors, truncated = scorer.embed(
+    @app.post("/embed", responses=refusals(Refusal))
+    async def embed(request: EmbedRequest) -> EmbedResponse:
+        vectors, truncated = await service.embed(
             [given if isinstance(given, str) else given.model_dump(exclude_none=True) for given in request.inputs]
         )
         return EmbedResponse(vectors=vectors.tolist(), truncated=truncated)

@@ -1,47 +1,40 @@
 """The HTTP interface of a scorer: a plain FastAPI application, tested without a cluster.
 
-Every request is answered or refused with a 4xx whose `detail` is one sentence. The answer to a refused request never
-repeats what was sent: a text that is no valid Unicode, or a number that is no JSON, could not be encoded into it.
-Unknown keys are refused, since a misspelt field would otherwise lower every score in silence.
+Every request is answered or refused with a 4xx whose `detail` is one sentence. Unknown keys are refused, since a misspelt
+field would otherwise lower every score in silence. In front of the routes stand, from the outside in: what counts
+(`metrics.Counted`), the web's rules for other origins, and what guards (`guard.Guard`).
 """
 
 from __future__ import annotations
 
-import time
+import contextlib
+from collections.abc import AsyncIterator
+from importlib import resources
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.middleware.cors import CORSMiddleware
 
 from relevance_ray.engines.base import MAX_TEXT_CHARS
-from relevance_ray.serving.bodies import MAX_PRODUCTS, Product, Text, sentence_of
+from relevance_ray.serving.bodies import MAX_PRODUCTS, ScoreRequest
 from relevance_ray.serving.embed import add_embed
-from relevance_ray.serving.rerank import add_rerank, refusal
+from relevance_ray.serving.examples import read_examples
+from relevance_ray.serving.guard import Guard, Tokens
+from relevance_ray.serving.metrics import CONTENT_TYPE, Counted
+from relevance_ray.serving.options import ServeOptions
+from relevance_ray.serving.queue import OverloadedError
+from relevance_ray.serving.refusals import TOO_MANY, Refusal, refusal, refusals, sentence_of
+from relevance_ray.serving.rerank import add_rerank
 from relevance_ray.serving.scorer import Scorer, UnscorableError
+from relevance_ray.serving.service import Service
 
-
-class ScoreRequest(BaseModel):
-    """One query with its products."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        strict=True,
-        json_schema_extra={
-            "examples": [
-                {
-                    "query": "red running shoes",
-                    "products": ["Nike Pegasus running shoe, red", {"title": "Leather wallet", "color": "red"}],
-                }
-            ]
-        },
-    )
-
-    query: Text = Field(description="The query as typed. Too long a query is refused, never cut.")
-    products: list[Product] = Field(
-        min_length=1, max_length=MAX_PRODUCTS, description="Products as text (taken as the title) or as fields."
-    )
+_PAGE_RULES = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 
 
 class Result(BaseModel):
@@ -60,14 +53,31 @@ class Result(BaseModel):
 class ScoreResponse(BaseModel):
     """Results in the order of the request's products."""
 
+    model_config = ConfigDict(protected_namespaces=())
+
+    model_id: str = Field(description="Which model gave the scores; see /info.")
     results: list[Result]
-    milliseconds: float = Field(description="Time spent scoring, without HTTP.")
+    milliseconds: float = Field(description="Time spent scoring, without HTTP and without waiting.")
 
 
-def create_app(scorer: Scorer) -> FastAPI:
-    """The application around a loaded scorer: `GET /health`, `GET /info`, `POST /score`, and the routes of
-    `rerank.add_rerank` and `embed.add_embed`."""
-    app = FastAPI(title="relevance_ray", description="Scores how relevant products are to a query.")
+def create_app(scorer: Scorer, options: ServeOptions | None = None) -> FastAPI:
+    """The application around a loaded scorer: the page at `/`, `GET /health`, `/info`, `/examples` and `/metrics`,
+    `POST /score`, and the routes of `rerank.add_rerank` and `embed.add_embed`.
+
+    Raises:
+        UserError: `options.tokens_file` or `options.examples` cannot be read.
+    """
+    options = options or ServeOptions()
+    tokens = Tokens.read(options.tokens_file) if options.tokens_file else None
+    offered = read_examples(options.examples)
+    service = Service(scorer, options)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        yield
+        service.close()
+
+    app = FastAPI(title="relevance_ray", description="Scores how relevant products are to a query.", lifespan=lifespan)
 
     @app.exception_handler(RequestValidationError)
     async def refuse(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -77,23 +87,56 @@ def create_app(scorer: Scorer) -> FastAPI:
     async def refuse_pair(request: Request, error: UnscorableError) -> JSONResponse:
         return refusal(request.url.path, str(error))
 
+    @app.exception_handler(OverloadedError)
+    async def shed(request: Request, error: OverloadedError) -> JSONResponse:
+        return refusal(request.url.path, str(error), TOO_MANY, {"Retry-After": str(error.retry_after)})
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> HTMLResponse:
+        text = resources.files("relevance_ray.serving").joinpath("page.html").read_text(encoding="utf-8")
+        return HTMLResponse(text, headers={"Content-Security-Policy": _PAGE_RULES, "Cache-Control": "no-cache"})
+
     @app.get("/health")
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
     @app.get("/info")
     async def info() -> dict[str, Any]:
-        return {**scorer.describe(), "max_products": MAX_PRODUCTS, "max_text_chars": MAX_TEXT_CHARS}
+        limits = {
+            "max_products": MAX_PRODUCTS,
+            "max_text_chars": MAX_TEXT_CHARS,
+            "max_body_bytes": int(options.max_body_mb * 1e6),
+        }
+        return {**scorer.describe(), **limits}
 
-    @app.post("/score")
-    def score(request: ScoreRequest) -> ScoreResponse:  # not async: runs in a thread, so that /health answers meanwhile
-        start = time.perf_counter()
+    @app.get("/examples")
+    async def examples() -> list[dict[str, Any]]:
+        """Requests to try, each a body of POST /score."""
+        return offered
+
+    @app.get("/metrics", response_class=Response)
+    async def metrics() -> Response:
+        """What the server counts, in Prometheus's text format."""
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE)
+
+    @app.post("/score", responses=refusals(Refusal))
+    async def score(request: ScoreRequest) -> ScoreResponse:
         products = [p if isinstance(p, str) else p.model_dump(exclude_none=True) for p in request.products]
-        rows = scorer.score(request.query, products)
+        rows, milliseconds = await service.score("/score", request.query, products)
         ids = [None if isinstance(p, str) else p.product_id for p in request.products]
         results = [Result(product_id=given, **row) for given, row in zip(ids, rows, strict=True)]
-        return ScoreResponse(results=results, milliseconds=round(1000 * (time.perf_counter() - start), 3))
+        return ScoreResponse(model_id=scorer.model_id, results=results, milliseconds=milliseconds)
 
-    add_rerank(app, scorer)
-    add_embed(app, scorer)
+    add_rerank(app, service)
+    add_embed(app, service)
+    # Added last stands first.
+    app.add_middleware(
+        Guard, tokens=tokens, max_body_bytes=int(options.max_body_mb * 1e6), body_seconds=options.body_seconds
+    )
+    if options.cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=options.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+        )
+    routes = [route.path for route in app.routes if hasattr(route, "path")]
+    app.add_middleware(Counted, metrics=service.metrics, model_id=scorer.model_id, routes=routes)
     return app

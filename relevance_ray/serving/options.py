@@ -9,14 +9,52 @@ from relevance_ray.options import STRICT, option
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """Size of the server; none of it changes a score. Host and port belong to the command line."""
+    """Size, limits and doors of the server; none of it changes a score. Host and port belong to the command line."""
 
     __pydantic_config__ = STRICT
 
     num_replicas: int = option(1, "Copies of the model that answer in parallel", operational=True)
     cpus_per_replica: int = option(1, "CPU cores, and torch threads, of each copy", operational=True)
     gpus_per_replica: float = option(0.0, "GPUs, or the share of one, of each copy", operational=True)
+    max_queued_requests: int = option(
+        8, "Requests that may wait for a copy; further ones are answered 429 with Retry-After", operational=True
+    )
+    max_queued_pairs: int = option(2000, "Products that waiting requests may hold together, likewise", operational=True)
+    max_body_mb: float = option(
+        10.0, "Megabytes of the largest request; a larger one is answered 413", operational=True
+    )
+    body_seconds: float = option(
+        10.0, "Seconds that a request's body may take to arrive; a slower one is answered 408", operational=True
+    )
+    tokens_file: str = option(
+        "",
+        "File of bearer tokens, one a line, on the machine of each copy; with it, all but / and /health ask for one. Read "
+        "when a copy starts",
+        operational=True,
+    )
+    cors_origins: list[str] = option(
+        [], 'Web origins whose pages may ask, such as "https://shop.example"; none by default', operational=True
+    )
+    examples: str = option(
+        "",
+        "JSON lines, local or s3://, each a body of POST /score, offered by the page; with a configuration, judged queries "
+        "of the test split by default",
+        operational=True,
+    )
+    shadow_log: str = option(
+        "", "Folder, local or s3://, for sampled requests and their answers as Parquet; empty: no log", operational=True
+    )
+    shadow_share: float = option(0.01, "Share of the requests that the shadow log keeps", operational=True)
+    shadow_text: bool = option(
+        False, "Whether the shadow log keeps queries and titles; else scores and product ids alone", operational=True
+    )
 
     def __post_init__(self) -> None:
         if self.num_replicas < 1 or self.cpus_per_replica < 1 or self.gpus_per_replica < 0:
             raise ValueError("num_replicas and cpus_per_replica must be at least 1, gpus_per_replica at least 0")
+        if self.max_queued_requests < 0 or self.max_queued_pairs < 0:
+            raise ValueError("max_queued_requests and max_queued_pairs must be at least 0")
+        if not (self.max_body_mb > 0 and self.body_seconds > 0):
+            raise ValueError("max_body_mb and body_seconds must be above 0")
+        if not 0 <= self.shadow_share <= 1:
+            raise ValueError("shadow_share must be from 0 to 1")

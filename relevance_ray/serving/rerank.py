@@ -14,12 +14,13 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI
-from fastapi.responses import JSONResponse
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 from pydantic_core import PydanticCustomError
 
 from relevance_ray.serving.bodies import MAX_PRODUCTS, ProductFields, Text, form_of
-from relevance_ray.serving.scorer import Scorer, UnscorableError
+from relevance_ray.serving.refusals import CohereRefusal, TeiRefusal, refusals
+from relevance_ray.serving.scorer import UnscorableError
+from relevance_ray.serving.service import Service
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
 _UNREAD = "Accepted, and not read: this server has one model, and its own limit of tokens."
@@ -100,26 +101,31 @@ class TeiResult(BaseModel):
     text: str | None = None
 
 
-def add_rerank(app: FastAPI, scorer: Scorer) -> None:
+def add_rerank(app: FastAPI, service: Service) -> None:
     """Add `POST /v1/rerank`, `/v2/rerank` and `/rerank` to an application."""
 
-    @app.post("/v2/rerank", tags=["Cohere"])
-    def cohere_v2(request: CohereRequest) -> dict[str, Any]:
-        return _cohere(scorer, request.query, request.documents, request.top_n, version="2")
+    @app.post("/v2/rerank", tags=["Cohere"], responses=refusals(CohereRefusal))
+    async def cohere_v2(request: CohereRequest) -> dict[str, Any]:
+        return await _cohere(service, request.query, request.documents, request.top_n, version="2")
 
-    @app.post("/v1/rerank", tags=["Cohere"])
-    def cohere_v1(request: CohereRequestV1) -> dict[str, Any]:
+    @app.post("/v1/rerank", tags=["Cohere"], responses=refusals(CohereRefusal))
+    async def cohere_v1(request: CohereRequestV1) -> dict[str, Any]:
         documents = [_product(place, given, request.rank_fields) for place, given in enumerate(request.documents)]
-        answer = _cohere(scorer, request.query, documents, request.top_n, version="1")
+        answer = await _cohere(service, request.query, documents, request.top_n, version="1")
         if request.return_documents:
             for result in answer["results"]:
                 given = request.documents[result["index"]]
                 result["document"] = {"text": given} if isinstance(given, str) else given
         return answer
 
-    @app.post("/rerank", tags=["text-embeddings-inference"], response_model_exclude_none=True)
-    def tei(request: TeiRequest) -> list[TeiResult]:
-        rows = scorer.score(request.query, request.texts)
+    @app.post(
+        "/rerank",
+        tags=["text-embeddings-inference"],
+        response_model_exclude_none=True,
+        responses=refusals(TeiRefusal),
+    )
+    async def tei(request: TeiRequest) -> list[TeiResult]:
+        rows, _ = await service.score("/rerank", request.query, request.texts)
         cut = [place for place, row in enumerate(rows) if row["truncated"]]
         if cut and not request.truncate:
             raise UnscorableError(f"text {cut[0]} is longer than the model reads; shorten it, or set truncate")
@@ -130,19 +136,10 @@ def add_rerank(app: FastAPI, scorer: Scorer) -> None:
         ]
 
 
-def refusal(path: str, sentence: str) -> JSONResponse:
-    """The 422 of a path, with its sentence where that path's clients look for it."""
-    if path.startswith(("/v1/", "/v2/")):
-        return JSONResponse({"message": sentence}, status_code=422)
-    if path == "/rerank":
-        return JSONResponse({"error": sentence, "error_type": "Validation"}, status_code=422)
-    return JSONResponse({"detail": sentence}, status_code=422)
-
-
-def _cohere(
-    scorer: Scorer, query: str, documents: Sequence[str | Mapping[str, Any]], top_n: int | None, version: str
+async def _cohere(
+    service: Service, query: str, documents: Sequence[str | Mapping[str, Any]], top_n: int | None, version: str
 ) -> dict[str, Any]:
-    rows = scorer.score(query, documents)
+    rows, _ = await service.score(f"/v{version}/rerank", query, documents)
     results = [{"index": place, "relevance_score": rows[place]["probability"]} for place in _best_first(rows)[:top_n]]
     meta: dict[str, Any] = {"api_version": {"version": version}}
     if cut := sum(bool(row["truncated"]) for row in rows):

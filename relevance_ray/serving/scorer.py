@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from relevance_ray.engines.registry import load_pair_model
 from relevance_ray.engines.transformers import SequenceModel
 from relevance_ray.errors import UserError
 from relevance_ray.model_folder import ModelInfo, read_model_info
+from relevance_ray.storage import content_id
 
 StrPath = str | Path
 
@@ -59,18 +61,28 @@ class Scorer:
 
     def __init__(self, folder: StrPath, device: str = "auto", num_threads: int | None = None) -> None:
         self.folder = Path(folder)
+        resolved = self.folder.resolve()
+        self.name = (
+            resolved.parent.name if resolved.name == "model" else resolved.name
+        )  # a step calls all of its own so
         self.info = read_calibrated_info(self.folder)
         assert self.info.calibration is not None
         self._calibration = self.info.calibration
         self._model = load_pair_model(self.folder, device=device, num_threads=num_threads)
         self._lock = threading.Lock()
 
+    @cached_property
+    def model_id(self) -> str:
+        """12 hex digits over the content of the folder: a model that took the place of another differs from it."""
+        return content_id(str(self.folder))[:12]
+
     def describe(self) -> dict[str, Any]:
-        """The model in plain values: folder name, kind, label scale, fields read and the token limit; of a two-tower also
-        the dimension of its vectors, and how a cosine becomes a logit."""
+        """The model in plain values: folder name, identity, kind, label scale, fields read and the token limit; of a
+        two-tower also the dimension of its vectors, and how a cosine becomes a logit."""
         vectors = {"dimension": self._model.encoder.dimension} if isinstance(self._model, BiEncoderModel) else {}
         return {
-            "model": self.folder.resolve().name,
+            "model": self.name,
+            "model_id": self.model_id,
             "kind": self.info.kind,
             "scale": self.info.scale.to_dict(),
             "fields": list(self.info.template.fields),

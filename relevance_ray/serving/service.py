@@ -1,0 +1,77 @@
+"""A scorer at work: its queue, its counters, its log. What the routes ask, whatever their clients' shapes are."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from relevance_ray.serving.metrics import ServingMetrics
+from relevance_ray.serving.options import ServeOptions
+from relevance_ray.serving.queue import ScoringQueue
+from relevance_ray.serving.scorer import Scorer
+from relevance_ray.serving.shadow_log import ShadowLog
+
+_T = TypeVar("_T")
+
+
+class Service:
+    """One loaded model that answers many callers. `close` writes what its log still holds."""
+
+    def __init__(self, scorer: Scorer, options: ServeOptions | None = None) -> None:
+        self.scorer, self.options = scorer, options or ServeOptions()
+        self.metrics = ServingMetrics()
+        self.metrics.loaded(scorer.name, scorer.model_id)
+        self._queue = ScoringQueue(
+            self.options.max_queued_requests, self.options.max_queued_pairs, self.metrics.queued.set
+        )
+        self._log = None
+        if self.options.shadow_log:
+            self._log = ShadowLog(
+                self.options.shadow_log,
+                self.options.shadow_share,
+                self.options.shadow_text,
+                scorer.model_id,
+                self._count_logged,
+            )
+
+    async def score(
+        self, route: str, query: str, products: Sequence[str | Mapping[str, Any]]
+    ) -> tuple[list[dict[str, Any]], float]:
+        """What `Scorer.score` gives, and the milliseconds that it took without waiting.
+
+        Raises:
+            UnscorableError: as `Scorer.score`.
+            OverloadedError: too many requests wait.
+        """
+        rows, milliseconds = await self._run(len(products), lambda: self.scorer.score(query, products))
+        self.metrics.truncated_products.inc(sum(bool(row["truncated"]) for row in rows))
+        if self._log is not None:
+            self._log.record(route, query, products, rows, milliseconds)
+        return rows, milliseconds
+
+    async def embed(self, inputs: Sequence[str | Mapping[str, Any]]) -> tuple[np.ndarray, list[bool]]:
+        """What `Scorer.embed` gives; errors as `score`."""
+        found, _ = await self._run(len(inputs), lambda: self.scorer.embed(inputs))
+        return found
+
+    async def _run(self, num_pairs: int, work: Callable[[], _T]) -> tuple[_T, float]:
+        def timed() -> tuple[_T, float]:
+            start = time.perf_counter()
+            result = work()
+            return result, time.perf_counter() - start
+
+        result, seconds = await self._queue.run(num_pairs, timed)
+        self.metrics.scored_pairs.inc(num_pairs)
+        self.metrics.scoring_seconds.observe(seconds)
+        return result, round(1000 * seconds, 3)
+
+    def close(self) -> None:
+        if self._log is not None:
+            self._log.close()
+
+    def _count_logged(self, written: int, lost: int) -> None:
+        self.metrics.logged.inc(written)
+        self.metrics.unlogged.inc(lost)

@@ -1,0 +1,147 @@
+"""Sampled requests and answers as Parquet: what is really asked, for the next round of queries to label.
+
+A thread of its own writes, so no answer waits for a disk or a bucket; where that fails or falls behind, rows are dropped
+and counted, never a request. A file appears whole. What is not yet written when a process is killed is lost: at most
+`SECONDS` of it.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import random
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+
+from relevance_ray.storage import join, makedirs, write_table
+
+SECONDS, ROWS, MAX_WAITING = 60.0, 1000, 10_000
+"""A file is written after so many seconds, or so many rows; more waiting rows are dropped."""
+
+SHADOW = pa.schema(
+    [
+        pa.field("time", pa.timestamp("us", tz="UTC"), nullable=False),
+        pa.field("route", pa.string(), nullable=False),
+        pa.field("model_id", pa.string(), nullable=False),
+        pa.field("query", pa.string()),
+        pa.field(
+            "products",
+            pa.list_(
+                pa.struct(
+                    [
+                        pa.field("product_id", pa.string()),
+                        pa.field("title", pa.string()),
+                        pa.field("logit", pa.float32()),
+                        pa.field("probability", pa.float32()),
+                        pa.field("score", pa.float32()),
+                        pa.field("grade", pa.string()),
+                        pa.field("truncated", pa.bool_()),
+                    ]
+                )
+            ),
+        ),
+        pa.field("milliseconds", pa.float32()),
+    ]
+)
+"""A row a request; query and titles are null unless texts were asked for."""
+_ANSWER = ("logit", "probability", "score", "grade", "truncated")
+_log = logging.getLogger(__name__)
+
+
+class ShadowLog:
+    """Files of `SHADOW` rows in a folder, local or s3://.
+
+    Args:
+        folder: made where it is not there.
+        share: of the requests, 0 to 1.
+        with_text: keep the query and the products' titles.
+        model_id: of the model that answers.
+        on_rows: called with how many rows were written, and how many were lost.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        share: float,
+        with_text: bool,
+        model_id: str,
+        on_rows: Callable[[int, int], object] = lambda written, lost: None,
+    ) -> None:
+        self.folder, self.share, self.with_text, self.model_id = folder, share, with_text, model_id
+        self._on_rows = on_rows
+        self._waiting: queue.Queue[dict[str, Any] | None] = queue.Queue(MAX_WAITING)
+        makedirs(folder)
+        self._thread = threading.Thread(target=self._write_all, name="shadow-log", daemon=True)
+        self._thread.start()
+
+    def record(
+        self,
+        route: str,
+        query: str,
+        products: Sequence[str | Mapping[str, Any]],
+        rows: Sequence[Mapping[str, Any]],
+        milliseconds: float,
+    ) -> None:
+        """Keep one answered request, if it is drawn. Never waits, never raises."""
+        if random.random() >= self.share:
+            return
+        fields = [{"title": product} if isinstance(product, str) else product for product in products]
+        kept = [
+            {
+                "product_id": given.get("product_id"),
+                "title": given.get("title") if self.with_text else None,
+                **{name: row[name] for name in _ANSWER},
+            }
+            for given, row in zip(fields, rows, strict=True)
+        ]
+        row = {
+            "time": datetime.now(UTC),
+            "route": route,
+            "model_id": self.model_id,
+            "query": query if self.with_text else None,
+            "products": kept,
+            "milliseconds": milliseconds,
+        }
+        try:
+            self._waiting.put_nowait(row)
+        except queue.Full:
+            self._on_rows(0, 1)
+
+    def close(self) -> None:
+        """Write what waits, and stop."""
+        self._waiting.put(None)
+        self._thread.join()
+
+    def _write_all(self) -> None:
+        ended = False
+        while not ended:
+            rows: list[dict[str, Any]] = []
+            deadline = None
+            while len(rows) < ROWS:
+                try:
+                    row = self._waiting.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
+                except queue.Empty:
+                    break
+                if row is None:
+                    ended = True
+                    break
+                rows.append(row)
+                deadline = deadline or time.monotonic() + SECONDS
+            if rows:
+                self._write(rows)
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        name = f"{rows[0]['time']:%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}.parquet"
+        try:
+            write_table(join(self.folder, name), pa.Table.from_pylist(rows, schema=SHADOW))
+        except Exception as error:  # noqa: BLE001  serving goes on without its log; the loss is counted and told
+            _log.warning("the shadow log lost %d requests: %s: %s", len(rows), type(error).__name__, error)
+            self._on_rows(0, len(rows))
+        else:
+            self._on_rows(len(rows), 0)
