@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import requests
-import uvicorn
 from fastapi.testclient import TestClient
+from on_a_socket import on_a_socket
 from tiny_student import build_tiny_student
 
 from relevance_ray.errors import UserError
@@ -35,15 +35,8 @@ def scorer(tmp_path_factory: pytest.TempPathFactory) -> Scorer:
 @pytest.fixture(scope="module")
 def server(scorer: Scorer) -> Iterator[tuple[str, int]]:
     """The application on a real socket, with small limits."""
-    app = create_app(scorer, ServeOptions(max_body_mb=0.2, body_seconds=1.0))
-    running = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
-    thread = threading.Thread(target=running.run)
-    thread.start()
-    while not running.started:
-        time.sleep(0.01)
-    yield running.servers[0].sockets[0].getsockname()[:2]
-    running.should_exit = True
-    thread.join()
+    with on_a_socket(create_app(scorer, ServeOptions(max_body_mb=0.2, body_seconds=1.0))) as address:
+        yield address
 
 
 def tokens_file(folder: Path, text: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from browser import CHROMIUM, needs_browser
 
 from relevance_ray.evaluation.curves import MAX_POINTS, curves
 from relevance_ray.evaluation.evaluate import as_results, report_split
@@ -25,7 +25,6 @@ from relevance_ray.metrics import group_offsets
 from relevance_ray.schema import SCALES
 
 ESCI, FAST = SCALES["esci"], EvaluateOptions(num_resamples=50, num_permutations=2000)
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 OPTIONS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 OPTIONS += ["--disable-component-update", "--disable-sync"]
 OTHERS = ("teacher", "bm25")
@@ -141,7 +140,7 @@ def test_curves_end_where_all_is_accepted() -> None:
     assert uncalibrated["reliability"] is None
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@needs_browser
 @pytest.mark.parametrize("width", [390, 1000])
 def test_no_line_runs_out_of_a_phone_or_a_screen(page: str, tmp_path: Path, width: int) -> None:
     """Drawn by a browser: tables scroll by themselves, the page does not; and something was drawn."""
@@ -162,7 +161,7 @@ def test_no_line_runs_out_of_a_phone_or_a_screen(page: str, tmp_path: Path, widt
     assert 0.01 < (pixels[..., :3].min(axis=-1) < 0.5).mean() < 0.5  # ink
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@needs_browser
 def test_print_unfolds_what_the_screen_folds(page: str, tmp_path: Path) -> None:
     """As many pages as when all is unfolded by hand, and more than when none is."""
 

@@ -133,30 +133,47 @@ def no_queries() -> Iterator[pa.Table]:
 
 
 def query_log(path: str) -> Callable[[], Iterator[pa.Table]]:
-    """A re-iterable stream of `QUERY` tables from a file with a column `query`, and `frequency` and `locale` if known;
-    empty queries are left out, an unknown frequency (empty, or NaN) is 1."""
+    """A re-iterable stream of `QUERY` tables from a file with a column `query`, and `frequency` and `locale` if known, or
+    from all files of a folder, one after the other; empty queries are left out, an unknown frequency (empty, or NaN) is
+    1."""
 
     def stream() -> Iterator[pa.Table]:
-        first_row, num_queries = 1, 0
-        for block in blocks(path, ["query"], ["frequency", "locale"]):
-            frequency = number(block, "frequency", path, first_row)
-            frequency = pc.fill_null(pc.if_else(pc.is_nan(frequency), None, frequency), 1.0)
-            counts = pc.and_(pc.greater_equal(frequency, 0), pc.less(frequency, _MAX_FREQUENCY))
-            if (wrong := pc.index(counts, False).as_py()) >= 0:
-                raise UserError(
-                    f"{path}, row {first_row + wrong}: frequency is {frequency[wrong].as_py():g}; write how often it was "
-                    "typed"
-                )
-            first_row += block.num_rows
-            columns = [text(block, "query"), frequency.cast(pa.int64(), safe=False), text(block, "locale")]
-            keep = columns[0].is_valid()
-            found = pa.table([column.filter(keep) for column in columns], schema=QUERY)
-            num_queries += found.num_rows
-            yield found
+        num_queries = 0
+        for file in _files_of(path):
+            for found in _queries_of(file):
+                num_queries += found.num_rows
+                yield found
         if not num_queries:
             raise UserError(f"{path} holds no query; give a log with queries, or leave data.queries out")
 
     return stream
+
+
+def _files_of(path: str) -> list[Path]:
+    if not Path(path).is_dir():
+        return [Path(path)]
+    files = sorted(
+        file for file in Path(path).iterdir() if file.suffix.lower() in SUFFIXES and file.name[0] not in "._"
+    )
+    if not files:
+        raise UserError(f"{path} holds no file ending in {', '.join(SUFFIXES)}; give a log with queries")
+    return files
+
+
+def _queries_of(path: Path) -> Iterator[pa.Table]:
+    first_row = 1
+    for block in blocks(path, ["query"], ["frequency", "locale"]):
+        frequency = number(block, "frequency", path, first_row)
+        frequency = pc.fill_null(pc.if_else(pc.is_nan(frequency), None, frequency), 1.0)
+        counts = pc.and_(pc.greater_equal(frequency, 0), pc.less(frequency, _MAX_FREQUENCY))
+        if (wrong := pc.index(counts, False).as_py()) >= 0:
+            raise UserError(
+                f"{path}, row {first_row + wrong}: frequency is {frequency[wrong].as_py():g}; write how often it was typed"
+            )
+        first_row += block.num_rows
+        columns = [text(block, "query"), frequency.cast(pa.int64(), safe=False), text(block, "locale")]
+        keep = columns[0].is_valid()
+        yield pa.table([column.filter(keep) for column in columns], schema=QUERY)
 
 
 def _check_columns(path: Path, present: Sequence[str], required: Sequence[str]) -> None:
