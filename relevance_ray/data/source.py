@@ -69,7 +69,7 @@ class DataOptions:
     seed: int = option(0, "seed of the demo market")
     queries: str = option(
         "",
-        "query log file (.parquet, .csv, .tsv, .jsonl), or a folder of them, with a column `query`, and `frequency` if known",
+        "query log (.parquet, .csv, .tsv, .jsonl), or a folder of such, with a column `query`, and `frequency` if known",
         operational=True,
     )
     products: str = option(
