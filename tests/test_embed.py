@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
-from tiny_student import build_tiny_student
-from tiny_training import build_tiny_encoder
+from tiny_student import build_tiny_student, build_tiny_two_tower
 
-from relevance_ray.calibration import OrdinalCalibration
-from relevance_ray.engines.bi_encoder import build_bi_encoder_folder
-from relevance_ray.model_folder import read_model_info, write_model_info
-from relevance_ray.schema import SCALES
 from relevance_ray.serving.http import create_app
 from relevance_ray.serving.scorer import Scorer
-from relevance_ray.templates import Template
 
 PRODUCTS = ["red running shoes", {"title": "leather wallet", "brand": "acme", "product_id": "7"}]
 
 
 @pytest.fixture(scope="module")
 def scorer(tmp_path_factory: pytest.TempPathFactory) -> Scorer:
-    folder = tmp_path_factory.mktemp("models")
-    encoder = build_tiny_encoder(folder / "encoder")
-    tower = build_bi_encoder_folder(encoder, SCALES["esci"], folder / "tower", Template(max_tokens=16), bias=0.25)
-    write_model_info(tower, replace(read_model_info(tower), calibration=OrdinalCalibration(1.0, (-1.0, 0.0, 1.0))))
-    return Scorer(tower)
+    return Scorer(build_tiny_two_tower(tmp_path_factory.mktemp("models") / "tower"))
 
 
 def test_vectors_give_the_logits_of_the_same_model(scorer: Scorer) -> None:

@@ -1,14 +1,17 @@
-"""A real but tiny student folder: a one-layer BERT with random weights, saved and finished as training would."""
+"""Real but tiny students with random weights, saved and finished as training would."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from tiny_training import build_tiny_encoder
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
 from relevance_ray.calibration import OrdinalCalibration
-from relevance_ray.model_folder import ModelInfo, finish_folder
+from relevance_ray.engines.bi_encoder import build_bi_encoder_folder
+from relevance_ray.model_folder import ModelInfo, finish_folder, read_model_info, write_model_info
 from relevance_ray.schema import SCALES
 from relevance_ray.templates import Template
 
@@ -37,3 +40,11 @@ def build_tiny_student(folder: Path, template: Template | None = None, calibrate
     template = template or Template(max_tokens=32)
     finish_folder(folder, ModelInfo("cross_encoder", SCALES["esci"], template, calibration))
     return folder
+
+
+def build_tiny_two_tower(folder: Path) -> Path:
+    """Write a two-tower of the ESCI scale that reads 16 tokens."""
+    encoder = build_tiny_encoder(folder.with_name(f"{folder.name}-encoder"))
+    tower = build_bi_encoder_folder(encoder, SCALES["esci"], folder, Template(max_tokens=16), bias=0.25)
+    write_model_info(tower, replace(read_model_info(tower), calibration=OrdinalCalibration(1.0, (-1.0, 0.0, 1.0))))
+    return tower

@@ -16,6 +16,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from relevance_ray.engines.base import MAX_TEXT_CHARS
@@ -86,6 +87,12 @@ def create_app(scorer: Scorer, options: ServeOptions | None = None) -> FastAPI:
     @app.exception_handler(UnscorableError)
     async def refuse_pair(request: Request, error: UnscorableError) -> JSONResponse:
         return refusal(request.url.path, str(error))
+
+    @app.exception_handler(StarletteHTTPException)
+    async def refuse_at_the_door(request: Request, error: StarletteHTTPException) -> JSONResponse:
+        if error.status_code == 400:  # FastAPI's, of a body that Python cannot even decode
+            return refusal(request.url.path, "the body is no JSON: it is not UTF-8, or nested too deep")
+        return refusal(request.url.path, str(error.detail), error.status_code, error.headers)
 
     @app.exception_handler(OverloadedError)
     async def shed(request: Request, error: OverloadedError) -> JSONResponse:
