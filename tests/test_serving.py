@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import requests
 from fastapi.testclient import TestClient
@@ -21,6 +23,7 @@ from tiny_student import build_tiny_student
 from relevance_ray.engines.registry import load_pair_model
 from relevance_ray.errors import UserError
 from relevance_ray.schema import SCALES
+from relevance_ray.scoring import score_file
 from relevance_ray.serving.app import running_server
 from relevance_ray.serving.http import MAX_PRODUCTS, create_app
 from relevance_ray.serving.options import ServeOptions
@@ -101,6 +104,19 @@ def test_http_answers_what_the_scorer_says(client: TestClient, scorer: Scorer) -
     assert answer.json()["results"] == [
         {"product_id": given, **row} for given, row in zip([None, None, "p3"], expected, strict=True)
     ]
+
+
+def test_http_answers_what_the_score_command_writes(client: TestClient, student: Path, tmp_path: Path) -> None:
+    products = ["red running shoes", "leather wallet", "phone case with a cotton shirt", "shoes " * 50]
+    rows = [(query, title) for query in ("red shoes", "blue case", "9") for title in products]
+    pq.write_table(pa.table({"query": [q for q, _ in rows], "title": [t for _, t in rows]}), tmp_path / "in.parquet")
+    score_file(student, tmp_path / "in.parquet", tmp_path / "out.parquet")
+    written = pq.read_table(tmp_path / "out.parquet").to_pylist()
+    for start in range(0, len(rows), len(products)):
+        of_query = written[start : start + len(products)]
+        answer = client.post("/score", json={"query": of_query[0]["query"], "products": products}).json()["results"]
+        for name in ("logit", "probability", "score"):
+            assert [row[name] for row in answer] == pytest.approx([row[name] for row in of_query], abs=1e-5)
 
 
 def test_http_takes_a_thousand_products_and_refuses_one_more(client: TestClient) -> None:
