@@ -250,7 +250,9 @@ def serve(
     given = student_of_run(_load(target, set_)) if is_config else model_folder(target, set_ or [])
     if write_config:
         from relevance_ray.serving.config_file import write_serve_config
+        from relevance_ray.serving.scorer import read_calibrated_info
 
+        read_calibrated_info(localize(given.model))
         write_serve_config(write_config, given.model, host, port, given.options)
         typer.echo(f"wrote {write_config}; start it on a cluster with: serve deploy {write_config}")
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import importlib.util
 import subprocess
 import sys
@@ -21,8 +22,9 @@ from ray.serve.schema import ServeDeploySchema
 from tiny_student import build_tiny_student
 
 from relevance_ray.errors import UserError
-from relevance_ray.serving.app import build, build_application, running_server
-from relevance_ray.serving.config_file import APPLICATION, serve_config, write_serve_config
+from relevance_ray.serving import app
+from relevance_ray.serving.app import build, running_server
+from relevance_ray.serving.config_file import absolute_paths, serve_config, write_serve_config
 from relevance_ray.serving.options import ServeOptions
 from relevance_ray.serving.scorer import Scorer
 
@@ -94,19 +96,26 @@ def test_a_new_model_takes_over_under_load_without_a_failed_request(serving: Any
 
 
 @pytest.mark.slow
-def test_a_broken_folder_never_takes_traffic(serving: Any, models: dict[str, Path]) -> None:
+def test_a_broken_folder_never_takes_traffic(
+    serving: Any, models: dict[str, Path], load: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server, callers, (first, _) = serving
     with Background(callers) as background:
         with pytest.raises(UserError, match=r"broken does not load \(SafetensorError"):
             server.roll_out(models["broken"])
-        # And where nobody looked before: its replicas do not start, and Ray Serve keeps the old ones.
-        with pytest.raises(RuntimeError):
-            serve.run(build_application(str(models["broken"]), ServeOptions(num_replicas=2)), name=APPLICATION)
+        # And where nobody looked before: its replicas do not start, and the old ones go on.
+        monkeypatch.setattr(app, "check_model", lambda folder: None)
+        with pytest.raises(UserError, match=r"broken did not start \(.*SafetensorError"):
+            server.roll_out(models["broken"])
     seen = background.seen
     assert set(seen.statuses) <= {200, 429}
     assert set(seen.models) == {first}
     assert seen.wrong == 0
-    assert callers.closed(2, 2)[1].statuses.keys() == {200}
+    for process in load.replica_processes():  # and are started anew where they die
+        process.kill()
+    deadline = time.monotonic() + 60
+    while callers.closed(1, 1)[1].statuses.keys() != {200}:
+        assert time.monotonic() < deadline
 
 
 @pytest.mark.slow
@@ -160,6 +169,47 @@ def test_the_written_configuration_is_one_that_ray_serve_deploys(models: dict[st
     assert isinstance(build(application.args), serve.Application)
     with pytest.raises(ValueError, match="shadow_share must be from 0 to 1"):
         build({"model": "m", "options": {"shadow_share": 2}})
+    named = absolute_paths(ServeOptions(tokens_file="tokens", examples="s3://bucket/e.jsonl"))
+    assert (named.tokens_file, named.examples) == (str(Path.cwd() / "tokens"), "s3://bucket/e.jsonl")
+    assert named.shadow_log == ""
+
+
+def test_a_file_among_the_options_that_cannot_be_read_is_named_before_ray_starts(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    for options, said in (
+        (ServeOptions(tokens_file=str(tmp_path / "absent")), r"cannot read serve\.tokens_file .*absent"),
+        (ServeOptions(examples=str(tmp_path)), r"which serve\.examples names, cannot be read \(Is a directory\)"),
+        (ServeOptions(shadow_log="/proc/log"), r"serve\.shadow_log /proc/log cannot be made"),
+    ):
+        with pytest.raises(UserError, match=said), running_server(models["first"], port=0, options=options):
+            pass
+
+
+@pytest.mark.slow
+def test_strangers_and_slow_bodies_keep_nobody_from_being_answered(
+    ray_cluster: None, models: dict[str, Path], tmp_path: Path
+) -> None:
+    """150 callers without a token, and as many with one, who send a byte and wait."""
+    (tmp_path / "tokens").write_text("right\n", encoding="utf-8")
+    options = ServeOptions(tokens_file=str(tmp_path / "tokens"), body_seconds=5)
+    bearer = {"Authorization": "Bearer right"}
+    with running_server(models["first"], port=0, options=options) as server:
+        port = int(server.url.rsplit(":", 1)[1])
+        slow = [http.client.HTTPConnection("127.0.0.1", port, timeout=60) for _ in range(300)]
+        for number, connection in enumerate(slow):
+            connection.putrequest("POST", "/score")
+            connection.putheader("Content-Length", "100")
+            if number % 2:
+                connection.putheader("Authorization", bearer["Authorization"])
+            connection.endheaders()
+            connection.send(b"{")
+        assert requests.get(f"{server.url}/health", timeout=4).status_code == 200
+        body = {"query": "red", "products": ["shoes"]}
+        assert requests.post(f"{server.url}/score", json=body, headers=bearer, timeout=10).status_code == 200
+        statuses = [connection.getresponse().status for connection in slow]
+        assert set(statuses[::2]) == {401}
+        assert set(statuses[1::2]) == {408}
 
 
 @pytest.mark.slow

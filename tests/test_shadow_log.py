@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -30,14 +31,13 @@ def logged(folder: Path) -> pa.Table:
     return pa.concat_tables([pq.read_table(file) for file in sorted(folder.glob("*.parquet"))])
 
 
-def serve_some(scorer: Scorer, options: ServeOptions, queries: list[str]) -> str:
+def serve_some(scorer: Scorer, options: ServeOptions, queries: list[str]) -> None:
     with TestClient(create_app(scorer, options)) as client:
         for query in queries:
             assert client.post("/score", json={"query": query, "products": PRODUCTS}).status_code == 200
         assert client.post("/score", json={"query": "", "products": PRODUCTS}).status_code == 422
         client.post("/v2/rerank", json={"query": "by rerank", "documents": ["red shoes"]})
-    with TestClient(create_app(scorer)) as client:
-        return client.get("/metrics").text
+        assert client.post("/rerank", json={"query": "refused", "texts": ["shoes " * 60]}).status_code == 422
 
 
 def test_what_is_logged_is_what_was_answered(scorer: Scorer, tmp_path: Path) -> None:
@@ -85,6 +85,18 @@ def test_the_log_is_a_query_log_for_the_next_round(scorer: Scorer, tmp_path: Pat
     assert set(queries["frequency"].to_pylist()) == {1}
 
 
+def test_what_was_written_and_lost_is_counted(scorer: Scorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shadow_log, "SECONDS", 0.0)
+    options = ServeOptions(shadow_log=str(tmp_path / "log"), shadow_share=1.0)
+    with TestClient(create_app(scorer, options)) as client:
+        client.post("/score", json={"query": "red", "products": PRODUCTS})
+        deadline = time.monotonic() + 20
+        while "relevance_ray_shadow_logged_requests_total 1.0" not in client.get("/metrics").text:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert "relevance_ray_shadow_lost_requests_total 0.0" in client.get("/metrics").text
+
+
 def test_a_log_that_cannot_be_written_loses_rows_and_no_request(
     scorer: Scorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,15 +115,16 @@ def test_rows_that_no_writer_keeps_up_with_are_dropped_and_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = threading.Event()
-    monkeypatch.setattr(shadow_log, "MAX_WAITING", 3)
-    monkeypatch.setattr(shadow_log, "ROWS", 1)
+    monkeypatch.setattr(shadow_log, "MAX_WAITING", 7)
+    monkeypatch.setattr(shadow_log, "PRODUCTS", 1)
     monkeypatch.setattr(shadow_log, "write_table", lambda *_: gate.wait())
     counted: list[tuple[int, int]] = []
     log = ShadowLog(str(tmp_path), 1.0, False, "m", lambda *rows: counted.append(rows))
+    row = {"logit": 0.0, "probability": 0.5, "score": 0.5, "grade": "E", "truncated": False}
     for _ in range(10):
-        log.record("/score", "q", [], [], 1.0)
+        log.record("/score", "q", ["a", "b"], [row, row], 1.0)
     gate.set()
     log.close()
     written, lost = (sum(column) for column in zip(*counted, strict=True))
     assert written + lost == 10
-    assert lost >= 6
+    assert lost == 7

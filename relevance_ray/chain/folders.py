@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from relevance_ray.config import Config
+from relevance_ray.data.readers import files_read
 from relevance_ray.errors import UserError
 from relevance_ray.generate.index.catalog_index import index_options
 from relevance_ray.generate.queries.store import file_contents
@@ -69,10 +70,7 @@ class StepFolders:
     def _inputs(self, step: str) -> list[Any]:
         config = self.config
         if step == "prepare":
-            data = config.data
-            files = [str(Path(data.path, name)) for name in (data.products, data.judgments) if name]
-            inputs = [data.path, *files]
-            return [semantic(data), [content_id(path) for path in (*inputs, data.queries) if path]]
+            return [semantic(config.data), [content_id(path) for path in files_read(config.data)]]
         if step == "train-teacher":
             return [self.judged_key(), semantic(config.teacher)]
         if step == "generate":

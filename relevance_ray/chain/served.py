@@ -37,7 +37,7 @@ def student_of_run(config: Config) -> Served:
         path = join(chain.at.root, "examples.jsonl")
         write_examples(path, judged_examples(chain.prepared()))
         options = replace(options, examples=path)
-    return Served(absolute(model), replace(options, examples=absolute(options.examples)), chain.newest_student)
+    return Served(absolute(model), options, chain.newest_student)
 
 
 def model_folder(folder: str, overrides: Sequence[str] = ()) -> Served:

@@ -20,16 +20,16 @@ from relevance_ray.data.source import DataOptions, Source
 from relevance_ray.errors import UserError
 from relevance_ray.schema import SCALES, query_id
 
+FILES = ("Broad_Query_Set_rated.csv", "Broad_Query_Set_individual_ratings.csv", "products.parquet")
 _VOTES = ("agent_1_rating", "agent_2_rating", "agent_3_rating")
 
 
 def open_chorus(options: DataOptions) -> Source:
     """Reads the ratings; products stream. Raises `UserError` for a missing file or column, and for a vote off the scale."""
     folder = Path(options.path)
-    path = folder / "Broad_Query_Set_rated.csv"
+    path, votes_path, products_path = (folder / name for name in FILES)
     table = files.read(path, ["query", "docid", "rating"])
     queries, products = table["query"].to_pylist(), table["docid"].to_pylist()
-    votes_path = folder / "Broad_Query_Set_individual_ratings.csv"
     votes = _votes(votes_path) if votes_path.exists() else {}
     judgments = pa.table(
         {
@@ -44,7 +44,6 @@ def open_chorus(options: DataOptions) -> Source:
             "row": pa.array(range(1, table.num_rows + 1), pa.int64()),
         }
     )
-    products_path = folder / "products.parquet"
     files.existing(products_path)
     return Source(
         scale=SCALES["chorus"],

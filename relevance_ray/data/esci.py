@@ -20,6 +20,7 @@ from relevance_ray.schema import SCALES
 
 _JUDGMENTS = "shopping_queries_dataset_examples.parquet"
 _PRODUCTS = "shopping_queries_dataset_products.parquet"
+FILES = (_JUDGMENTS, _PRODUCTS)
 _COLUMNS = {
     "product_id": "product_id",
     "title": "product_title",

@@ -21,6 +21,7 @@ from relevance_ray.data.source import BLOCK_ROWS
 from relevance_ray.errors import UserError
 from relevance_ray.row_files import RowReader, check_text
 from relevance_ray.schema import PRODUCT, QUERY
+from relevance_ray.storage import localize
 
 _CSV_BLOCK_BYTES = 1 << 26
 _MAX_FREQUENCY = 2.0**53
@@ -149,14 +150,13 @@ def query_log(path: str) -> Callable[[], Iterator[pa.Table]]:
     return stream
 
 
-def _files_of(path: str) -> list[Path]:
-    if not Path(path).is_dir():
-        return [Path(path)]
-    files = sorted(
-        file for file in Path(path).iterdir() if file.suffix.lower() in SUFFIXES and file.name[0] not in "._"
-    )
+def _files_of(given: str) -> list[Path]:
+    path = localize(given)
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.name[0] not in "._")
     if not files:
-        raise UserError(f"{path} holds no file ending in {', '.join(SUFFIXES)}; give a log with queries")
+        raise UserError(f"{given} holds no file ending in {', '.join(SUFFIXES)}; give a log with queries")
     return files
 
 

@@ -43,6 +43,16 @@ def open_generic(options: DataOptions) -> Source:
     )
 
 
+def files_read(options: DataOptions) -> list[Path]:
+    """The files of products and judgments, as far as they are there."""
+    folder, found = Path(options.path), []
+    for name in ("judgments", "products") if options.is_judged else ("products",):
+        given = getattr(options, name)
+        candidates = [given] if given else [f"{name}{suffix}" for suffix in files.SUFFIXES]
+        found += [folder / candidate for candidate in candidates if (folder / candidate).is_file()]
+    return found
+
+
 def _find(options: DataOptions, name: str) -> Path:
     given = getattr(options, name)
     if given:

@@ -14,10 +14,12 @@ from relevance_ray.data import files
 from relevance_ray.data.source import BLOCK_ROWS, DataOptions, Source
 from relevance_ray.schema import SCALES, query_id
 
+FILES = ("train.csv",)
+
 
 def open_homedepot(options: DataOptions) -> Source:
     """Reads `train.csv`. Raises `UserError` where it or a column is missing."""
-    path = Path(options.path) / "train.csv"
+    path = Path(options.path) / FILES[0]
     table = files.read(path, ["product_uid", "product_title", "search_term", "relevance"], encoding="latin-1")
     queries = [html.unescape(query or "") for query in table["search_term"].to_pylist()]
     titles: dict[str | None, str] = {}

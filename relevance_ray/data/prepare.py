@@ -62,6 +62,8 @@ def prepare(options: DataOptions, out_dir: Path, progress: ProgressLine | None =
     else:
         judgments, repeated, conflicts, leaking = source.judgments, 0, [], 0
     judgments = _with_soft_targets(judgments, source, options.label_smoothing)
+    if options.is_judged:
+        _refuse_one_grade(judgments, source)
     out_dir.mkdir(parents=True, exist_ok=True)
     staging = out_dir / "staging"
     shutil.rmtree(staging, ignore_errors=True)
@@ -92,6 +94,14 @@ def prepare(options: DataOptions, out_dir: Path, progress: ProgressLine | None =
         "leaking_judgments_dropped": leaking,
         **log,
     }
+
+
+def _refuse_one_grade(judgments: pa.Table, source: Source) -> None:
+    if pc.count_distinct(judgments["soft_target"]).as_py() == 1 and judgments.num_rows > 1:
+        raise UserError(
+            f"all {judgments.num_rows:,} judgments of {source.judgments_name} have the grade "
+            f"{judgments['grade'][0].as_py()!r}, which teaches nothing; check the column of grades and data.scale"
+        )
 
 
 def _content(*files: Path) -> str:

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 from relevance_ray.data import chorus, esci, files, generic, homedepot, market_queries, wands
 from relevance_ray.data.source import DataOptions, Source
+
+
+def files_read(options: DataOptions) -> list[str]:
+    """The files of the data's folder that make the run, and the query log; another file beside them changes nothing."""
+    names = {"esci": esci.FILES, "wands": wands.FILES, "homedepot": homedepot.FILES, "chorus": chorus.FILES}
+    found = generic.files_read(options) if options.format == "generic" else []
+    found += [Path(options.path, name) for name in names.get(options.format, ())]
+    return [*map(str, found), *([options.queries] if options.queries else [])]
 
 
 def open_source(options: DataOptions) -> Source:

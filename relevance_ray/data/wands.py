@@ -16,12 +16,14 @@ from relevance_ray.data.source import DataOptions, Source
 from relevance_ray.errors import UserError
 from relevance_ray.schema import SCALES
 
+FILES = ("label.csv", "query.csv", "product.csv")
+
 
 def open_wands(options: DataOptions) -> Source:
     """Reads queries and labels; products stream. Raises `UserError` for a missing file or column and for a label whose
     query is not in `query.csv`."""
     folder = Path(options.path)
-    label_path, query_path, product_path = folder / "label.csv", folder / "query.csv", folder / "product.csv"
+    label_path, query_path, product_path = (folder / name for name in FILES)
     labels = files.read(label_path, ["query_id", "product_id", "label"], delimiter="\t")
     queries = files.read(query_path, ["query_id", "query"], delimiter="\t")
     files.existing(product_path)

@@ -87,10 +87,15 @@ class FileEngine:
 
     def _logits(self, table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
         """Index into distinct values [n], and the class logits [v, 2] of each."""
+        kind = table.schema.field("logit").type
+        if pa.types.is_boolean(kind) or pa.types.is_temporal(kind):
+            raise UserError(f"{self.path} column logit holds {kind} values, no numbers; write the scores there")
         try:
             logits = pc.cast(table["logit"], pa.float64()).to_numpy()
-        except pa.ArrowInvalid as error:
-            raise UserError(f"{self.path} column logit holds something that is no number ({error})") from error
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise UserError(
+                f"{self.path} {_first_that_is_no_number(table['logit'])}; mend or remove the row"
+            ) from error
         bad = np.flatnonzero(~np.isfinite(logits))
         if len(bad):
             raise UserError(
@@ -120,6 +125,15 @@ class FileEngine:
                 f"{self.path} row {np.flatnonzero(empty)[0] + 1}: {column} is empty; fill it or remove the row"
             )
         return texts.to_pylist()
+
+
+def _first_that_is_no_number(values: pa.ChunkedArray) -> str:
+    for row, value in enumerate(values.to_pylist(), 1):
+        try:
+            float(value)
+        except (TypeError, ValueError):
+            return f"row {row}: logit {value!r} is no number"
+    return f"column logit holds {values.type} values, which are no numbers"
 
 
 def _read(path: Path) -> pa.Table:

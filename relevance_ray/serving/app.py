@@ -18,6 +18,7 @@ import signal
 import socket
 import tempfile
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
@@ -28,18 +29,20 @@ from ray import serve
 
 from relevance_ray.errors import UserError, what_to_mend
 from relevance_ray.ray_session import in_local_session, ray_session
-from relevance_ray.serving.config_file import APPLICATION
+from relevance_ray.serving.config_file import APPLICATION, absolute_paths
+from relevance_ray.serving.examples import read_examples
+from relevance_ray.serving.guard import Tokens
 from relevance_ray.serving.http import create_app
 from relevance_ray.serving.metrics import FOLDER_VARIABLE
 from relevance_ray.serving.options import ServeOptions
-from relevance_ray.serving.scorer import Scorer, StrPath, read_calibrated_info
-from relevance_ray.storage import localize
+from relevance_ray.serving.scorer import Scorer, StrPath, name_of, read_calibrated_info
+from relevance_ray.storage import localize, makedirs
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _QUIET = {"log_level": "WARNING", "enable_access_log": False}
 _TEXT_FIELDS = ("title", "brand", "color", "category", "description", "bullets")
-_ROOM = 64
-"""Requests that a replica holds at once beyond those that wait for its model: their bodies arrive, their answers leave."""
+_MAX_CALLERS = 2000
+"""Requests that a replica holds at once; nearly all of them can only be bodies that arrive slowly."""
 
 
 @serve.ingress()
@@ -49,9 +52,10 @@ class ScoringReplica:
     def __init__(self, model_folder: str, options: Mapping[str, Any]) -> None:
         self.options = ServeOptions(**options)
         if folder := os.environ.get(FOLDER_VARIABLE):
-            os.makedirs(folder, exist_ok=True)
+            os.makedirs(folder, mode=0o700, exist_ok=True)
         device = "cuda" if self.options.gpus_per_replica > 0 else "cpu"
-        self.scorer = Scorer(localize(model_folder), device=device, num_threads=self.options.cpus_per_replica)
+        threads = self.options.cpus_per_replica
+        self.scorer = Scorer(localize(model_folder), device=device, num_threads=threads, name=name_of(model_folder))
         self.scorer.model_id  # noqa: B018  read now, while the folder is what was loaded
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -72,9 +76,10 @@ def build_application(model_folder: str, options: ServeOptions, metrics_folder: 
             "num_gpus": options.gpus_per_replica,
             "runtime_env": {"env_vars": environment},
         },
-        # The replica's own queue sheds, by what waits for the model; this is the bound of what it holds in memory.
-        max_ongoing_requests=options.max_queued_requests + _ROOM,
-        max_queued_requests=_ROOM,
+        # The replica's own queue sheds, by what waits for the model, and its guard by the bytes it holds; slow callers must
+        # not keep /health from being answered.
+        max_ongoing_requests=_MAX_CALLERS,
+        max_queued_requests=_MAX_CALLERS,
         backpressure_config={"status_code": 429, "retry_after_s": 1},
         max_surge_percent=100,
         max_constructor_retry_count=3,
@@ -91,26 +96,87 @@ def build(args: dict[str, Any]) -> serve.Application:
         args: `model`, a folder that every node can read, local or s3://; `options`, keys of `ServeOptions`.
     """
     options = ServeOptions(**args.get("options", {}))
-    return build_application(args["model"], options, f"/tmp/relevance_ray-metrics-{os.getpid()}")
+    # One folder for this application, whatever it serves: counters go on when a model is replaced.
+    folder = os.path.join(tempfile.gettempdir(), f"{APPLICATION}-metrics-{os.getuid()}")
+    return build_application(args["model"], options, folder)
 
 
-@dataclasses.dataclass(frozen=True)
 class Server:
-    """A running server. `roll_out` puts another model in the place of the one it serves."""
+    """A running server. `roll_out` puts another model in the place of the one it serves.
 
-    url: str
-    options: ServeOptions
-    metrics_folder: str
+    Attributes:
+        url: that it answers at.
+        model_folder: the model that it serves.
+    """
+
+    def __init__(self, url: str, model_folder: Path, options: ServeOptions, metrics_folder: str) -> None:
+        self.url, self.model_folder = url, model_folder
+        self._options, self._metrics_folder = options, metrics_folder
+
+    def start(self) -> None:
+        serve.run(
+            build_application(str(self.model_folder), self._options, self._metrics_folder),
+            name=APPLICATION,
+            route_prefix="/",
+            logging_config=_QUIET,
+        )
 
     def roll_out(self, model_folder: StrPath) -> None:
         """Serve another model folder, without a request unanswered meanwhile; returns when it has taken over.
 
         Raises:
-            UserError: the folder holds no model that loads and scores; the old one goes on.
+            UserError: the folder holds no model that loads and scores, a file among the options cannot be read, or there is
+                no room for a second copy; the old one goes on.
         """
-        check_model(model_folder)
-        application = build_application(str(Path(model_folder).resolve()), self.options, self.metrics_folder)
-        serve.run(application, name=APPLICATION, route_prefix="/", logging_config=_QUIET)
+        folder = Path(model_folder).resolve()  # once: a link may be moved meanwhile
+        check_options(self._options)
+        check_model(folder)
+        _check_room(self._options)
+        before, self.model_folder = self.model_folder, folder
+        try:
+            self.start()
+        except RuntimeError as error:
+            # Serve keeps the old replicas, but starts none anew for them until it is told to serve the old model again.
+            self.model_folder = before
+            self.start()
+            raise UserError(f"{folder} did not start ({_why_not_started(error)})") from error
+
+
+def _why_not_started(error: RuntimeError) -> str:
+    """The last line of what Ray Serve says of a deployment that failed: the exception of its replica."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else "Ray Serve does not say why"
+
+
+def _check_room(options: ServeOptions) -> None:
+    import ray
+
+    free = ray.available_resources()
+    wanted = {"CPU": options.cpus_per_replica, "GPU": options.gpus_per_replica}
+    for name, number in wanted.items():
+        if in_local_session() and number > free.get(name, 0):
+            raise UserError(
+                f"a new model loads beside the old one, which takes {number:g} {name}s, and {free.get(name, 0):g} are free; "
+                "stop the server and start it with the new model"
+            )
+
+
+def check_options(options: ServeOptions) -> None:
+    """Read the files among the options here, as the replicas will.
+
+    Raises:
+        UserError: one of them cannot be read, or the folder of the shadow log not made.
+    """
+    if options.tokens_file:
+        Tokens.read(options.tokens_file)
+    read_examples(options.examples)
+    if options.shadow_log:
+        try:
+            makedirs(options.shadow_log)
+        except OSError as error:
+            raise UserError(
+                f"serve.shadow_log {options.shadow_log} cannot be made ({error.strerror}); mend it"
+            ) from error
 
 
 def check_model(model_folder: StrPath) -> None:
@@ -139,11 +205,12 @@ def running_server(
 
     `port` 0 picks a free one; host 0.0.0.0 opens the server to the network. Uses the Ray that is running, or starts one
     and stops it at the end. Raises `UserError` for a folder that is no finished model and for an address that cannot be
-    bound.
+    bound, or a file among the options that cannot be read.
     """
-    options = options or ServeOptions()
-    model_folder = Path(model_folder)
+    options = absolute_paths(options or ServeOptions())
+    model_folder = Path(model_folder).resolve()
     read_calibrated_info(model_folder)
+    check_options(options)
     port = _free_port(host, port)
     check_model(model_folder)
     with contextlib.ExitStack() as cleanup:  # undone from the last line up
@@ -160,9 +227,9 @@ def running_server(
         cleanup.callback(_stop_serve)
         # A second, impatient Ctrl-C must not cut the shutdown short: it would leave Ray's processes behind.
         cleanup.callback(_handle_signals, dict.fromkeys(_STOP_SIGNALS, signal.SIG_IGN))
-        application = build_application(str(model_folder.resolve()), options, metrics_folder)
-        serve.run(application, name=APPLICATION, route_prefix="/", logging_config=_QUIET)
-        yield Server(f"http://{_reachable(host)}:{port}", options, metrics_folder)
+        server = Server(f"http://{_reachable(host)}:{port}", model_folder, options, metrics_folder)
+        server.start()
+        yield server
 
 
 def serve_model(
@@ -189,13 +256,17 @@ def serve_model(
             print(f"{told}Ctrl-C stops.", flush=True)
             while True:
                 asked_again.get()
+                while not asked_again.empty():  # asked several times meanwhile: once is enough
+                    asked_again.get()
                 try:
-                    folder = newest()
-                    server.roll_out(folder)
+                    server.roll_out(newest())
                 except UserError as error:
                     print(f"The model stays as it is: {error}", flush=True)
+                except RuntimeError:  # of Ray Serve; the replicas that run still answer
+                    traceback.print_exc()
+                    print("The model stays as it is: Ray Serve failed, as said above.", flush=True)
                 else:
-                    print(f"Serving {Path(folder).resolve()} now.", flush=True)
+                    print(f"Serving {server.model_folder} now.", flush=True)
     except KeyboardInterrupt:
         print("Stopped.", flush=True)
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import yaml
@@ -14,7 +15,8 @@ APPLICATION = "relevance_ray"
 _HEAD = """# {model}, served by Ray Serve.
 # Start or change it: serve deploy FILE. In a KubeRay RayService it is the text of spec.serveConfigV2.
 # Every node needs the package relevance_ray, and what args name: the model, and the files among the options.
-# A new model is rolled out, without a request unanswered, by its folder in args.model and another serve deploy.
+# A new model is rolled out, without a request unanswered, by its folder in args.model and another serve deploy. One that
+# does not load takes no traffic, and the old one goes on; deploy the old folder again then, or Serve starts no replica anew.
 """
 
 
@@ -35,10 +37,20 @@ def serve_config(model: str, host: str, port: int, options: ServeOptions) -> dic
                 "name": APPLICATION,
                 "route_prefix": "/",
                 "import_path": "relevance_ray.serving.app:build",
-                "args": {"model": absolute(model), "options": changed(options)},
+                "args": {"model": absolute(model), "options": changed(absolute_paths(options))},
             }
         ],
     }
+
+
+def absolute_paths(options: ServeOptions) -> ServeOptions:
+    """The same options with paths that mean the same wherever a process stands."""
+    return replace(
+        options,
+        tokens_file=options.tokens_file and absolute(options.tokens_file),
+        examples=options.examples and absolute(options.examples),
+        shadow_log=options.shadow_log and absolute(options.shadow_log),
+    )
 
 
 def write_serve_config(path: str, model: str, host: str, port: int, options: ServeOptions) -> None:

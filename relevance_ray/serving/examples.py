@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
+import pyarrow.dataset as ds
 from pydantic import ValidationError
 
 from relevance_ray.errors import UserError
@@ -28,8 +27,10 @@ def read_examples(path: str) -> list[dict[str, Any]]:
         return []
     try:
         lines = read_bytes(path).splitlines()
-    except FileNotFoundError as error:
-        raise UserError(f"{path}, which serve.examples names, does not exist; mend the path") from error
+    except OSError as error:
+        raise UserError(
+            f"{path}, which serve.examples names, cannot be read ({error.strerror}); mend the path"
+        ) from error
     found: list[dict[str, Any]] = []
     for number, line in enumerate(lines[:MAX_EXAMPLES], 1):
         try:
@@ -43,8 +44,8 @@ def read_examples(path: str) -> list[dict[str, Any]]:
 
 def judged_examples(prepared: Path, num_queries: int = MAX_EXAMPLES) -> list[dict[str, Any]]:
     """Bodies of POST /score from the judged test queries of a prepared folder, with their first products."""
-    table = pq.read_table(prepared / "judged_groups.parquet", columns=["query", "split", "products"])
-    table = table.filter(pc.equal(table["split"], "test")).slice(0, num_queries)
+    groups = ds.dataset(prepared / "judged_groups.parquet")
+    table = groups.head(num_queries, columns=["query", "products"], filter=ds.field("split") == "test", batch_size=64)
     return [
         {
             "query": row["query"],

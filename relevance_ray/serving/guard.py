@@ -17,8 +17,11 @@ from pathlib import Path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from relevance_ray.errors import UserError
-from relevance_ray.serving.refusals import refusal
+from relevance_ray.serving.refusals import TOO_MANY, refusal
 
+_STRANGERS_SECONDS = 1.0
+_BODIES_HELD = 20
+"""All bodies held at once may be as large as so many of the largest."""
 OPEN_PATHS = ("/", "/health")
 """Asked without a token: what a load balancer and a browser ask first, which tells nothing of the model."""
 
@@ -69,14 +72,25 @@ class Guard:
     def __init__(self, app: ASGIApp, tokens: Tokens | None, max_body_bytes: int, body_seconds: float) -> None:
         self.app, self.tokens = app, tokens
         self.max_body_bytes, self.body_seconds = max_body_bytes, body_seconds
+        self._held_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        held = _Held()
+        try:
+            await self._answer(scope, receive, send, held)
+        finally:
+            self._held_bytes -= held.num_bytes
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, held: _Held) -> None:
         path, headers = scope["path"], dict(scope["headers"])
         known = self.tokens is None or path in OPEN_PATHS or self.tokens.admit(headers.get(b"authorization", b""))
-        body = await self._read(receive, self.max_body_bytes if known else 0)
+        if known:
+            body = await self._read(receive, self.max_body_bytes, self.body_seconds, held)
+        else:  # what a stranger still sends is thrown away, and not for long
+            body = await self._read(receive, 0, min(self.body_seconds, _STRANGERS_SECONDS), held)
         if body is _Unread.GONE:
             return
         if not known:
@@ -87,6 +101,9 @@ class Guard:
             answer = refusal(path, said, 408, {"Connection": "close"})
         elif body is _Unread.LARGE:
             answer = refusal(path, f"the body is larger than {self.max_body_bytes:,} bytes; send fewer products", 413)
+        elif body is _Unread.CROWDED:
+            said = "the server holds as many large requests as it can; try again in 1 s"
+            answer = refusal(path, said, TOO_MANY, {"Retry-After": "1"})
         elif headers.get(b"content-encoding", b"identity").strip().lower() not in (b"", b"identity"):
             answer = refusal(path, "the body is compressed; send it as it is", 415)
         else:
@@ -95,11 +112,12 @@ class Guard:
             return
         await answer(scope, receive, send)
 
-    async def _read(self, receive: Receive, max_bytes: int) -> bytes | _Unread:
+    async def _read(self, receive: Receive, max_bytes: int, seconds: float, held: _Held) -> bytes | _Unread:
         parts: list[bytes] = []
         size = 0
+        crowded = False
         try:
-            async with asyncio.timeout(self.body_seconds):
+            async with asyncio.timeout(seconds):
                 more = True
                 while more:
                     message = await receive()
@@ -107,19 +125,31 @@ class Guard:
                         return _Unread.GONE
                     part, more = message.get("body", b""), message.get("more_body", False)
                     size += len(part)
-                    if size <= max_bytes:
-                        parts.append(part)
-                    else:
+                    crowded = crowded or self._held_bytes + len(part) > _BODIES_HELD * self.max_body_bytes
+                    if size > max_bytes or crowded:
                         parts.clear()
+                    else:
+                        parts.append(part)
+                        held.num_bytes += len(part)
+                        self._held_bytes += len(part)
         except TimeoutError:
             return _Unread.LARGE if size > max_bytes else _Unread.LATE
-        return _Unread.LARGE if size > max_bytes else b"".join(parts)
+        if size > max_bytes:
+            return _Unread.LARGE
+        return _Unread.CROWDED if crowded else b"".join(parts)
+
+
+class _Held:
+    """How many bytes of a request's body are in memory."""
+
+    num_bytes = 0
 
 
 class _Unread(enum.Enum):
     """Why there is no body."""
 
     GONE, LATE, LARGE = "the client went away", "it did not arrive in time", "it is too large"
+    CROWDED = "too many others are held"
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -12,9 +12,10 @@ from collections.abc import AsyncIterator
 from importlib import resources
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -24,7 +25,7 @@ from relevance_ray.serving.bodies import MAX_PRODUCTS, ScoreRequest
 from relevance_ray.serving.embed import add_embed
 from relevance_ray.serving.examples import read_examples
 from relevance_ray.serving.guard import Guard, Tokens
-from relevance_ray.serving.metrics import CONTENT_TYPE, Counted
+from relevance_ray.serving.metrics import CONTENT_TYPE, MODEL_HEADER, Counted
 from relevance_ray.serving.options import ServeOptions
 from relevance_ray.serving.queue import OverloadedError
 from relevance_ray.serving.refusals import TOO_MANY, Refusal, refusal, refusals, sentence_of
@@ -78,7 +79,12 @@ def create_app(scorer: Scorer, options: ServeOptions | None = None) -> FastAPI:
         yield
         service.close()
 
-    app = FastAPI(title="relevance_ray", description="Scores how relevant products are to a query.", lifespan=lifespan)
+    app = FastAPI(
+        title="relevance_ray",
+        description="Scores how relevant products are to a query.",
+        lifespan=lifespan,
+        dependencies=[Depends(HTTPBearer(auto_error=False))] if tokens else [],  # for the document; the guard asks
+    )
 
     @app.exception_handler(RequestValidationError)
     async def refuse(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -94,15 +100,22 @@ def create_app(scorer: Scorer, options: ServeOptions | None = None) -> FastAPI:
             return refusal(request.url.path, "the body is no JSON: it is not UTF-8, or nested too deep")
         return refusal(request.url.path, str(error.detail), error.status_code, error.headers)
 
+    @app.exception_handler(Exception)
+    async def fail(request: Request, _error: Exception) -> JSONResponse:  # its traceback goes to the server's log
+        said = "the server failed; its log says how"
+        return refusal(request.url.path, said, 500, {MODEL_HEADER: scorer.model_id})
+
     @app.exception_handler(OverloadedError)
     async def shed(request: Request, error: OverloadedError) -> JSONResponse:
         return refusal(request.url.path, str(error), TOO_MANY, {"Retry-After": str(error.retry_after)})
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:
         text = resources.files("relevance_ray.serving").joinpath("page.html").read_text(encoding="utf-8")
         return HTMLResponse(text, headers={"Content-Security-Policy": _PAGE_RULES, "Cache-Control": "no-cache"})
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> dict[str, str]:
         return {"status": "ok"}
@@ -129,7 +142,8 @@ def create_app(scorer: Scorer, options: ServeOptions | None = None) -> FastAPI:
     @app.post("/score", responses=refusals(Refusal))
     async def score(request: ScoreRequest) -> ScoreResponse:
         products = [p if isinstance(p, str) else p.model_dump(exclude_none=True) for p in request.products]
-        rows, milliseconds = await service.score("/score", request.query, products)
+        rows, milliseconds = await service.score(request.query, products)
+        service.answered("/score", request.query, products, rows, milliseconds)
         ids = [None if isinstance(p, str) else p.product_id for p in request.products]
         results = [Result(product_id=given, **row) for given, row in zip(ids, rows, strict=True)]
         return ScoreResponse(model_id=scorer.model_id, results=results, milliseconds=milliseconds)
@@ -142,7 +156,11 @@ def create_app(scorer: Scorer, options: ServeOptions | None = None) -> FastAPI:
     )
     if options.cors_origins:
         app.add_middleware(
-            CORSMiddleware, allow_origins=options.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+            CORSMiddleware,
+            allow_origins=options.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=[MODEL_HEADER, "Retry-After"],
         )
     routes = [route.path for route in app.routes if hasattr(route, "path")]
     app.add_middleware(Counted, metrics=service.metrics, model_id=scorer.model_id, routes=routes)

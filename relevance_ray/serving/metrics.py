@@ -7,6 +7,7 @@ machine; without it a process tells of itself alone.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import time
@@ -82,7 +83,8 @@ def _forget_dead(folder: Path) -> None:
     pids = {int(found[1]) for file in folder.glob("gauge_live*.db") if (found := re.search(r"_(\d+)\.db$", file.name))}
     for pid in pids:
         if not _runs(pid):
-            mark_process_dead(pid, str(folder))
+            with contextlib.suppress(FileNotFoundError):  # another replica, asked at the same time, was faster
+                mark_process_dead(pid, str(folder))
 
 
 def _runs(pid: int) -> bool:
@@ -118,6 +120,9 @@ class Counted:
 
         try:
             await self.app(scope, receive, counting)
+        except Exception:
+            status = status or 500  # the answer is given outside
+            raise
         finally:
-            self.metrics.requests.labels(route, str(status or "none")).inc()
+            self.metrics.requests.labels(route, str(status or "client gone")).inc()
             self.metrics.seconds.labels(route).observe(time.perf_counter() - start)

@@ -19,7 +19,12 @@ class ServeOptions:
     max_queued_requests: int = option(
         8, "Requests that may wait for a copy; further ones are answered 429 with Retry-After", operational=True
     )
-    max_queued_pairs: int = option(2000, "Products that waiting requests may hold together, likewise", operational=True)
+    max_queued_pairs: int = option(
+        2000,
+        "Products that waiting requests and the one being scored may hold together, likewise; a request that finds none "
+        "waiting is taken, however large",
+        operational=True,
+    )
     max_body_mb: float = option(
         10.0, "Megabytes of the largest request; a larger one is answered 413", operational=True
     )

@@ -33,7 +33,8 @@ class ScoringQueue:
 
     Args:
         max_requests: that may wait behind the one that is worked on.
-        max_pairs: that these may hold together. A request that finds none waiting is taken, however large.
+        max_pairs: that these and the one worked on may hold together. A request that finds none waiting is taken, however
+            large.
         on_change: called with the number of requests waiting or worked on, whenever it changes.
     """
 
@@ -62,20 +63,27 @@ class ScoringQueue:
             self._pairs += num_pairs
             depth = self._requests
         self._on_change(depth)
-        future = self._executor.submit(self._timed, num_pairs, work)
-        future.add_done_callback(lambda done: self._leave(num_pairs, done))
+        held = [work]  # the executor keeps a cancelled call until its turn; what the call holds is let go at once
+        future = self._executor.submit(self._timed, num_pairs, held)
+
+        def leave(_done: Future[_T]) -> None:
+            held.clear()
+            self._leave(num_pairs)
+
+        future.add_done_callback(leave)
+        del work
         return await asyncio.wrap_future(future)  # cancelled with its caller, it is never begun
 
-    def _timed(self, num_pairs: int, work: Callable[[], _T]) -> _T:
+    def _timed(self, num_pairs: int, held: list[Callable[[], _T]]) -> _T:
         start = time.perf_counter()
-        result = work()
+        result = held[0]()
         rate = num_pairs / max(time.perf_counter() - start, 1e-9)
         with self._lock:
             known = self._pairs_per_second
             self._pairs_per_second = _MEMORY * known + (1 - _MEMORY) * rate if known else rate
         return result
 
-    def _leave(self, num_pairs: int, _done: Future[_T]) -> None:
+    def _leave(self, num_pairs: int) -> None:
         with self._lock:
             self._requests -= 1
             self._pairs -= num_pairs

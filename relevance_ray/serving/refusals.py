@@ -1,6 +1,6 @@
 """Refusals: one sentence, in the shape and at the place where the client of each route looks for it.
 
-None repeats what was sent: a text that is no valid Unicode, or a number that is no JSON, could not be encoded into it.
+Of what was sent they repeat no more than the beginning of a key.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
 UNPROCESSABLE, TOO_MANY = 422, 429
+_MAX_KEY = 50
 
 
 class Refusal(BaseModel):
@@ -60,10 +61,14 @@ def refusals(shape: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
 
 
 def sentence_of(error: RequestValidationError) -> str:
-    """What is wrong with a request, in one sentence that repeats nothing of what was sent."""
+    """What is wrong with a request, in one sentence."""
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return f"the body is no JSON: {first['ctx']['error']} at character {first['loc'][-1]}"
-    where = ".".join(str(part) for part in first["loc"] if part not in ("body", "text", "fields"))
+    parts = [str(part)[:_MAX_KEY] for part in first["loc"] if part not in ("body", "text", "fields")]
+    if not parts:
+        return "the body is no JSON object; send one, with the header Content-Type: application/json"
+    where = ".".join(parts)
     more = len(error.errors()) - 1
-    return (f"{where}: " if where else "") + str(first["msg"]) + (f" (and {more} more)" if more else "")
+    said = "there is no such key" if first["type"] == "extra_forbidden" else str(first["msg"])
+    return f"{where}: {said}" + (f" (and {more} more)" if more else "")

@@ -125,10 +125,11 @@ def add_rerank(app: FastAPI, service: Service) -> None:
         responses=refusals(TeiRefusal),
     )
     async def tei(request: TeiRequest) -> list[TeiResult]:
-        rows, _ = await service.score("/rerank", request.query, request.texts)
+        rows, milliseconds = await service.score(request.query, request.texts)
         cut = [place for place, row in enumerate(rows) if row["truncated"]]
         if cut and not request.truncate:
             raise UnscorableError(f"text {cut[0]} is longer than the model reads; shorten it, or set truncate")
+        service.answered("/rerank", request.query, request.texts, rows, milliseconds)
         scores = [row["logit" if request.raw_scores else "probability"] for row in rows]
         return [
             TeiResult(index=place, score=scores[place], text=request.texts[place] if request.return_text else None)
@@ -139,7 +140,8 @@ def add_rerank(app: FastAPI, service: Service) -> None:
 async def _cohere(
     service: Service, query: str, documents: Sequence[str | Mapping[str, Any]], top_n: int | None, version: str
 ) -> dict[str, Any]:
-    rows, _ = await service.score(f"/v{version}/rerank", query, documents)
+    rows, milliseconds = await service.score(query, documents)
+    service.answered(f"/v{version}/rerank", query, documents, rows, milliseconds)
     results = [{"index": place, "relevance_score": rows[place]["probability"]} for place in _best_first(rows)[:top_n]]
     meta: dict[str, Any] = {"api_version": {"version": version}}
     if cut := sum(bool(row["truncated"]) for row in rows):

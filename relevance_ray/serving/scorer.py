@@ -57,14 +57,14 @@ class Scorer:
         folder: a finished model folder (`UserError` where it is none, or was never calibrated).
         device: "auto", or a torch device.
         num_threads: torch threads; None leaves torch's own choice.
+        name: what the model is called; by default after its folder.
     """
 
-    def __init__(self, folder: StrPath, device: str = "auto", num_threads: int | None = None) -> None:
+    def __init__(
+        self, folder: StrPath, device: str = "auto", num_threads: int | None = None, name: str | None = None
+    ) -> None:
         self.folder = Path(folder)
-        resolved = self.folder.resolve()
-        self.name = (
-            resolved.parent.name if resolved.name == "model" else resolved.name
-        )  # a step calls all of its own so
+        self.name = name or name_of(str(self.folder.resolve()))
         self.info = read_calibrated_info(self.folder)
         assert self.info.calibration is not None
         self._calibration = self.info.calibration
@@ -181,6 +181,12 @@ class Scorer:
             return [None] * len(products)
         with self._lock:
             return self._model.encoder.encode([query] * len(products), products).truncated.tolist()
+
+
+def name_of(folder: str) -> str:
+    """What a model folder is called: its name, or that of the step that made it, which calls all of its own `model`."""
+    parts = folder.rstrip("/").split("/")
+    return parts[-2] if parts[-1] == "model" and len(parts) > 1 else parts[-1]
 
 
 def read_calibrated_info(folder: Path) -> ModelInfo:

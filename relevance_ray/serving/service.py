@@ -38,7 +38,7 @@ class Service:
             )
 
     async def score(
-        self, route: str, query: str, products: Sequence[str | Mapping[str, Any]]
+        self, query: str, products: Sequence[str | Mapping[str, Any]]
     ) -> tuple[list[dict[str, Any]], float]:
         """What `Scorer.score` gives, and the milliseconds that it took without waiting.
 
@@ -48,9 +48,19 @@ class Service:
         """
         rows, milliseconds = await self._run(len(products), lambda: self.scorer.score(query, products))
         self.metrics.truncated_products.inc(sum(bool(row["truncated"]) for row in rows))
+        return rows, milliseconds
+
+    def answered(
+        self,
+        route: str,
+        query: str,
+        products: Sequence[str | Mapping[str, Any]],
+        rows: Sequence[Mapping[str, Any]],
+        milliseconds: float,
+    ) -> None:
+        """Tell the log, where there is one, of scores that a caller was given."""
         if self._log is not None:
             self._log.record(route, query, products, rows, milliseconds)
-        return rows, milliseconds
 
     async def embed(self, inputs: Sequence[str | Mapping[str, Any]]) -> tuple[np.ndarray, list[bool]]:
         """What `Scorer.embed` gives; errors as `score`."""

@@ -21,8 +21,8 @@ import pyarrow as pa
 
 from relevance_ray.storage import join, makedirs, write_table
 
-SECONDS, ROWS, MAX_WAITING = 60.0, 1000, 10_000
-"""A file is written after so many seconds, or so many rows; more waiting rows are dropped."""
+SECONDS, PRODUCTS, MAX_WAITING = 60.0, 50_000, 200_000
+"""A file is written after so many seconds, or so many products; a request is dropped where more products wait."""
 
 SHADOW = pa.schema(
     [
@@ -52,6 +52,8 @@ SHADOW = pa.schema(
 """A row a request; query and titles are null unless texts were asked for."""
 _ANSWER = ("logit", "probability", "score", "grade", "truncated")
 _log = logging.getLogger(__name__)
+_Answered = tuple[datetime, str, str, Sequence[str | Mapping[str, Any]], Sequence[Mapping[str, Any]], float]
+"""What `ShadowLog.record` is told, and when."""
 
 
 class ShadowLog:
@@ -75,7 +77,8 @@ class ShadowLog:
     ) -> None:
         self.folder, self.share, self.with_text, self.model_id = folder, share, with_text, model_id
         self._on_rows = on_rows
-        self._waiting: queue.Queue[dict[str, Any] | None] = queue.Queue(MAX_WAITING)
+        self._waiting: queue.SimpleQueue[_Answered | None] = queue.SimpleQueue()
+        self._num_waiting, self._lock = 0, threading.Lock()
         makedirs(folder)
         self._thread = threading.Thread(target=self._write_all, name="shadow-log", daemon=True)
         self._thread.start()
@@ -88,29 +91,15 @@ class ShadowLog:
         rows: Sequence[Mapping[str, Any]],
         milliseconds: float,
     ) -> None:
-        """Keep one answered request, if it is drawn. Never waits, never raises."""
+        """Keep one answered request, if it is drawn. Never waits."""
         if random.random() >= self.share:
             return
-        fields = [{"title": product} if isinstance(product, str) else product for product in products]
-        kept = [
-            {
-                "product_id": given.get("product_id"),
-                "title": given.get("title") if self.with_text else None,
-                **{name: row[name] for name in _ANSWER},
-            }
-            for given, row in zip(fields, rows, strict=True)
-        ]
-        row = {
-            "time": datetime.now(UTC),
-            "route": route,
-            "model_id": self.model_id,
-            "query": query if self.with_text else None,
-            "products": kept,
-            "milliseconds": milliseconds,
-        }
-        try:
-            self._waiting.put_nowait(row)
-        except queue.Full:
+        with self._lock:
+            room = self._num_waiting + len(products) <= MAX_WAITING
+            self._num_waiting += len(products) if room else 0
+        if room:
+            self._waiting.put((datetime.now(UTC), route, query, products, rows, milliseconds))
+        else:
             self._on_rows(0, 1)
 
     def close(self) -> None:
@@ -121,27 +110,59 @@ class ShadowLog:
     def _write_all(self) -> None:
         ended = False
         while not ended:
-            rows: list[dict[str, Any]] = []
-            deadline = None
-            while len(rows) < ROWS:
+            answered: list[_Answered] = []
+            num_products, deadline = 0, None
+            while num_products < PRODUCTS:
+                left: float | None = None if deadline is None else max(0.0, deadline - time.monotonic())
                 try:
-                    row = self._waiting.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
+                    item = self._waiting.get(timeout=left)
                 except queue.Empty:
                     break
-                if row is None:
+                if item is None:
                     ended = True
                     break
-                rows.append(row)
+                answered.append(item)
+                num_products += len(item[3])
                 deadline = deadline or time.monotonic() + SECONDS
-            if rows:
-                self._write(rows)
+            if answered:
+                self._write(answered)
+                with self._lock:
+                    self._num_waiting -= num_products
 
-    def _write(self, rows: list[dict[str, Any]]) -> None:
-        name = f"{rows[0]['time']:%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}.parquet"
+    def _write(self, answered: list[_Answered]) -> None:
+        name = f"{answered[0][0]:%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}.parquet"
         try:
-            write_table(join(self.folder, name), pa.Table.from_pylist(rows, schema=SHADOW))
+            table = pa.Table.from_pylist([self._row(*each) for each in answered], schema=SHADOW)
+            write_table(join(self.folder, name), table)
         except Exception as error:  # noqa: BLE001  serving goes on without its log; the loss is counted and told
-            _log.warning("the shadow log lost %d requests: %s: %s", len(rows), type(error).__name__, error)
-            self._on_rows(0, len(rows))
+            _log.warning("the shadow log lost %d requests: %s: %s", len(answered), type(error).__name__, error)
+            self._on_rows(0, len(answered))
         else:
-            self._on_rows(len(rows), 0)
+            self._on_rows(len(answered), 0)
+
+    def _row(
+        self,
+        moment: datetime,
+        route: str,
+        query: str,
+        products: Sequence[str | Mapping[str, Any]],
+        rows: Sequence[Mapping[str, Any]],
+        milliseconds: float,
+    ) -> dict[str, Any]:
+        fields = [{"title": product} if isinstance(product, str) else product for product in products]
+        kept = [
+            {
+                "product_id": given.get("product_id"),
+                "title": given.get("title") if self.with_text else None,
+                **{name: row[name] for name in _ANSWER},
+            }
+            for given, row in zip(fields, rows, strict=True)
+        ]
+        return {
+            "time": moment,
+            "route": route,
+            "model_id": self.model_id,
+            "query": query if self.with_text else None,
+            "products": kept,
+            "milliseconds": milliseconds,
+        }

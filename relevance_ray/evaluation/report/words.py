@@ -165,9 +165,7 @@ def reading(results: Mapping[str, Any]) -> list[str]:
         "Queries without any gain have no nDCG, those without a relevant product no recall, MRR and MAP, and they are left "
         "out of these means. Tied scores are worth the mean over their orders; random is exactly that, with everything "
         "tied.",
-        "Dev chose among the checkpoints of trained models, and each model's calibration, where its grades and "
-        "probabilities come from, was fitted on it: on dev itself the figures flatter, so the sentences at the top are "
-        "about test.",
+        *_flattered(results),
         "A slice cut by product (category, brand, price, missing fields) ranks each query's products of that slice alone. "
         "Queries that rank are those with products of different gain in it. Worst first is by the value, not by what its "
         "interval can tell; p is corrected for all slices.",
@@ -177,6 +175,22 @@ def reading(results: Mapping[str, Any]) -> list[str]:
         "pools all pairs. In tables it is corrected for the comparisons of all models by that metric (Holm), at the top for "
         f"those made there. What is bold, or claimed there, has an interval without 0 and a p below {LEVEL}.",
     ]
+
+
+def _flattered(results: Mapping[str, Any]) -> list[str]:
+    """Of which splits the figures flatter, and why."""
+    names = [name for name, _ in in_order(results["splits"])]
+    said = []
+    if "dev" in names or names == ["test"]:
+        said.append(
+            "Dev chose among the checkpoints of trained models, and each model's calibration, where its grades and "
+            "probabilities come from, was fitted on it: on dev itself the figures flatter."
+        )
+    if "train" in names:
+        said.append("Models were trained on train: there the figures flatter most.")
+    if len(names) > 1 or names[0] in ("dev", "train"):
+        said.append(f"The sentences at the top are about {names[0]}.")
+    return said
 
 
 def _permutations(results: Mapping[str, Any]) -> str:
