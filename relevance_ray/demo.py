@@ -13,9 +13,10 @@ from typing import Any
 import yaml
 
 from relevance_ray.config import Config, build_config
+from relevance_ray.evaluation.report.words import verdicts
 from relevance_ray.ray_session import ray_session
 from relevance_ray.steps import Chain, Outcome
-from relevance_ray.storage import join, localize
+from relevance_ray.storage import join, localize, read_json
 
 SHOWN = ("teacher", "student", "human_only", "bm25")
 
@@ -35,6 +36,9 @@ def run_demo(root: str, overrides: Iterable[str] = ()) -> Outcome:
     with ray_session(config.resources.num_cpus):
         outcome = Chain(config).run()
         print(f"\n{comparison(outcome)}\n")
+        for sentence in verdicts(read_json(join(outcome.folders["evaluate"], "report.json"))):
+            print(sentence)
+        print()
         folder = localize(join(outcome.folders["train-student"], "model"))
         request = example_request(outcome.folders["prepare"])
         print(f"one request to the served student, POST /score {json.dumps(request)[:200]} ...")

@@ -37,7 +37,7 @@ def test_two_runs_are_compared_on_what_both_judged(tmp_path: Path) -> None:
     better, worse = evaluated(tmp_path / "better", 0.5), evaluated(tmp_path / "worse", 6.0, 50)
     done = cli("compare", str(better), f"{worse}/evaluate-1", "--out", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
-    assert "The better passes the worse on test nDCG: +0." in done.stdout
+    assert "better passes worse on test nDCG: +0." in done.stdout
     table = pq.read_table(worse / "evaluate-1" / "predictions.parquet")
     left_out = pq.read_table(better / "evaluate-1" / "predictions.parquet").num_rows - table.num_rows
     assert f"{left_out:,} pairs that better alone has in this split are left out." in done.stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -322,7 +323,12 @@ def test_logits_of_a_file_pass_through(tmp_path: Path) -> None:
             "rows 1 and 2",
         ),
         ([{"query": "a", "product_id": "1", "logit": float("nan")}], "row 1: logit nan"),
-        ([{"query": "a", "product_id": "1", "logit": "high"}], "no number"),
+        (
+            [{"query": "a", "product_id": "1", "logit": "1"}, {"query": "a", "product_id": "2", "logit": "high"}],
+            "row 2: logit 'high' is no number",
+        ),
+        ([{"query": "a", "product_id": "1", "logit": True}], "column logit holds bool values, no numbers"),
+        ([{"query": "a", "product_id": "1", "logit": date(2024, 1, 1)}], r"column logit holds date32\[day\] values"),
     ],
 )
 def test_bad_label_files_are_named(tmp_path: Path, rows: list[dict[str, Any]], sentence: str) -> None:

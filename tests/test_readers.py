@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from relevance_ray.chain.folders import StepFolders
+from relevance_ray.config import Config, StorageOptions
 from relevance_ray.data.files import blocks, query_log
 from relevance_ray.data.prepare import iter_products, prepare, read_judged, read_queries, read_scale
-from relevance_ray.data.readers import open_source
+from relevance_ray.data.readers import files_read, open_source
 from relevance_ray.data.source import DataOptions
 from relevance_ray.data.splits import check_no_leak
 from relevance_ray.errors import UserError
@@ -342,3 +345,36 @@ def test_text_that_is_no_utf8_is_named_with_its_row(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text('{"query": "tent \\u00e9"}\n{"query": "half \\ud83d"}\n')
     with pytest.raises(UserError, match=r"log.jsonl, line 2: an escape is half a character"):
         list(blocks(tmp_path / "log.jsonl", ["query"]))
+
+
+def test_judgments_of_one_grade_are_refused(tmp_path: Path) -> None:
+    options = write_esci(tmp_path / "esci", judgments=esci_judgments(esci_label=["S"] * NUM_QUERIES))
+    with pytest.raises(UserError, match=r"all 60 judgments of .* have the grade 'S', which teaches nothing; check"):
+        prepare(options, tmp_path / "out")
+    assert not (tmp_path / "out" / "judgments.parquet").exists()
+
+
+def test_only_the_files_that_are_read_make_a_run(tmp_path: Path) -> None:
+    options = write_esci(tmp_path / "esci")
+    named = [Path(path).name for path in files_read(options)]
+    assert sorted(named) == sorted(path.name for path in (tmp_path / "esci").iterdir())
+
+    def key() -> str:
+        return StepFolders(Config(data=options, storage=StorageOptions(root=str(tmp_path / "root")))).key("prepare")
+
+    before = key()
+    (tmp_path / "esci" / "notes.txt").write_text("of the shop", encoding="utf-8")
+    assert key() == before
+    write_esci(tmp_path / "esci", products=esci_products(6))
+    assert key() != before
+
+
+@pytest.mark.parametrize("name", ["products", "judgments"])
+def test_a_generic_run_is_made_of_its_named_or_found_files(tmp_path: Path, name: str) -> None:
+    for file in ("products.csv", "judgments.csv", "other.csv"):
+        (tmp_path / file).write_text("x\n", encoding="utf-8")
+    options = DataOptions(format="generic", path=str(tmp_path), scale="binary")
+    assert sorted(Path(path).name for path in files_read(options)) == ["judgments.csv", "products.csv"]
+    given = replace(options, **{name: "other.csv"})
+    assert "other.csv" in {Path(path).name for path in files_read(given)}
+    assert f"{name}.csv" not in {Path(path).name for path in files_read(given)}

@@ -93,7 +93,8 @@ def test_the_page_holds_all_it_shows_and_runs_nothing(page: str) -> None:
 
 def test_the_page_shows_what_a_report_is_for(page: str, results: dict[str, Any]) -> None:
     for other in OTHERS:
-        assert f"The student passes the {other} on test nDCG" in page
+        called = "the teacher" if other == "teacher" else other
+        assert f"The student passes {called} on test nDCG" in page
         assert f"<th>minus {other}</th>" in page
         assert f"won and lost against the {other}" in page
     value = results["splits"]["test"]["models"]["teacher"]["metrics"]["ndcg"]["value"]

@@ -229,7 +229,7 @@ class StepWork:
                 on_progress=progress.advance,
                 on_predictions=partial(write_table, join(folder, "predictions.parquet")),
                 context=SliceContext.of(read_whole_log(prepared), read_judged(prepared, "train")),
-                others=("teacher", *scores),
+                others=("teacher", *(scores or ("bm25",))),  # what the shop ranks by, or what stands for it
             )
         results["settings"] = by_key({key: value for key, value in changed(self.config).items() if key != "storage"})
         return {

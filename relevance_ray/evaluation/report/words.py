@@ -6,7 +6,7 @@ interval of a difference holds 0, the two models "cannot be told" apart, whichev
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from relevance_ray.evaluation.compare import LEVEL, difference, is_sure
@@ -16,6 +16,7 @@ FEW_QUERIES = 50
 CROSS_VALIDATE = "cross-validate over all judged ones (data.folds)"
 MOST_FAILED = 0.02
 """A model that leaves out a larger share of the pairs is not held against another in words: it is measured by its gaps."""
+_OF_RANKINGS = ("mrr", "map", "pairwise_accuracy", "kendall_tau")
 SAME_SETTINGS = "The settings of the two are the same."
 _NAMES = {
     "ndcg": "nDCG",
@@ -51,21 +52,23 @@ def verdict(split_name: str, split: Mapping[str, Any], model: str, other: str, p
     if found is None or (value := found["difference"]) is None:
         return None
     p = found["p"] if p is None else p
+    own, its = _called(model), _called(other)
+    start = own[0].upper() + own[1:] if own.startswith("the ") else own
     for name in (model, other):
         if (failed := split["models"][name]["num_failed"]) > MOST_FAILED * split["num_pairs"]:
             return (
-                f"The {model} is not held against the {other} on {split_name}: the {name} scores all but {failed:,} of "
+                f"{start} is not held against {its} on {split_name}: {_called(name)} scores all but {failed:,} of "
                 f"{split['num_pairs']:,} pairs, and what it leaves out is ranked last."
             )
     judged = split["num_queries"] - split["num_queries_without_gain"]
     where = f"on {split_name} nDCG"
     if found["low"] is None or found["high"] is None:
-        told = f"{judged} queries are too few to tell the {model} from the {other} {where}: {value:+.4f}"
+        told = f"{judged} queries are too few to tell {own} from {its} {where}: {value:+.4f}"
         return f"{told}; {CROSS_VALIDATE}."
     if not is_sure(found, p):
-        claim = f"The {model} cannot be told from the {other}"
+        claim = f"{start} cannot be told from {its}"
     else:
-        claim = f"The {model} {'passes' if value > 0 else 'falls behind'} the {other}"
+        claim = f"{start} {'passes' if value > 0 else 'falls behind'} {its}"
     numbers = f"{value:+.4f}, 95% interval {found['low']:+.4f} to {found['high']:+.4f}"
     if p is not None:
         numbers += f", p {p_text(p)}"
@@ -92,8 +95,44 @@ def verdicts(results: Mapping[str, Any]) -> list[str]:
     name, split = in_order(results["splits"])[0]
     found = {other: difference(split, "ndcg", model, other) for other in results["others"]}
     p_values = holm({other: row["p"] for other, row in found.items() if row is not None and row["p"] is not None})
-    sentences = (verdict(name, split, model, other, p_values.get(other)) for other in results["others"])
-    return [sentence for sentence in sentences if sentence]
+    sentences = []
+    for other in results["others"]:
+        if said := verdict(name, split, model, other, p_values.get(other)):
+            also = _other_metrics(split, results["metrics"], model, other, p_values.get(other))
+            sentences.append(f"{said} {also}" if also else said)
+    return sentences
+
+
+def _other_metrics(split: Mapping[str, Any], metrics: Sequence[str], model: str, other: str, p: float | None) -> str:
+    """What metrics of the rankings say for certain that the sentence on nDCG does not: their p-values are corrected for
+    their number, too. Empty where they say the same, or where a model leaves out too much."""
+    if any(split["models"][name]["num_failed"] > MOST_FAILED * split["num_pairs"] for name in (model, other)):
+        return ""
+    ndcg = difference(split, "ndcg", model, other)
+    if ndcg is None or ndcg["low"] is None:
+        return ""
+    told = _sign(ndcg["difference"]) if is_sure(ndcg, p) else 0
+    found = {metric: difference(split, metric, model, other) for metric in metrics if metric in _OF_RANKINGS}
+    known = {metric: row for metric, row in found.items() if row is not None and row["p_holm"] is not None}
+    corrected = holm({metric: float(row["p_holm"] or 0.0) for metric, row in known.items()})
+    unlike = [
+        f"{metric_title(metric)} {row['difference']:+.3f}, p {p_text(corrected[metric])}"
+        for metric, row in known.items()
+        if is_sure(row, corrected[metric]) and _sign(row["difference"]) != told
+    ]
+    if not unlike:
+        return ""
+    return f"By other metrics it {'is the other way' if told else 'can'}: {'; '.join(unlike)}."
+
+
+def _sign(value: float | None) -> int:
+    assert value is not None
+    return (value > 0) - (value < 0)
+
+
+def _called(model: str) -> str:
+    """A model in a sentence: "the student", but "bm25"."""
+    return f"the {model}" if model in ("student", "teacher") else model
 
 
 def in_order(splits: Mapping[str, Any]) -> list[tuple[str, Any]]:
