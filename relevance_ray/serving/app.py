@@ -136,15 +136,18 @@ class Server:
         try:
             self.start()
         except RuntimeError as error:
+            reason = _why_not_started()
             # Serve keeps the old replicas, but starts none anew for them until it is told to serve the old model again.
             self.model_folder = before
             self.start()
-            raise UserError(f"{folder} did not start ({_why_not_started(error)})") from error
+            raise UserError(f"{folder} did not start ({reason})") from error
 
 
-def _why_not_started(error: RuntimeError) -> str:
-    """The last line of what Ray Serve says of a deployment that failed: the exception of its replica."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+def _why_not_started() -> str:
+    """The exception of a replica, as Ray Serve tells it of the deployment that failed: the last line that names one."""
+    applications = serve.status().applications
+    deployments = applications[APPLICATION].deployments.values() if APPLICATION in applications else ()
+    lines = [line.strip() for each in deployments for line in each.message.splitlines() if "Error" in line]
     return lines[-1][:300] if lines else "Ray Serve does not say why"
 
 
