@@ -6,15 +6,19 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import requests
 from browser import CHROMIUM, needs_browser
+from judged_groups import judged_table
 from on_a_socket import on_a_socket
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from tiny_student import build_tiny_student
 
 from relevance_ray.errors import UserError
-from relevance_ray.serving.examples import read_examples
+from relevance_ray.schema import JUDGED_GROUP
+from relevance_ray.serving.examples import judged_examples, read_examples, write_examples
 from relevance_ray.serving.http import create_app
 from relevance_ray.serving.options import ServeOptions
 from relevance_ray.serving.scorer import Scorer
@@ -176,3 +180,15 @@ def test_examples_are_given_and_bad_ones_are_named(url: str, examples: str, tmp_
         read_examples(str(bad))
     with pytest.raises(UserError, match=r"which serve\.examples names, cannot be read"):
         read_examples(str(tmp_path / "absent"))
+
+
+def test_judged_queries_become_examples_that_can_be_asked(tmp_path: Path) -> None:
+    rows = judged_table(4).to_pylist()
+    rows[1]["products"][0]["fields"]["price"] = float("nan")
+    rows[2]["split"] = "train"
+    pq.write_table(pa.Table.from_pylist(rows, schema=JUDGED_GROUP), tmp_path / "judged_groups.parquet")
+    found = judged_examples(tmp_path)
+    assert [each["query"] for each in found] == ["query 0", "query 3"]
+    assert found[0]["products"][0]["title"].startswith("product 0 of grade")
+    write_examples(str(tmp_path / "examples.jsonl"), found)
+    assert read_examples(str(tmp_path / "examples.jsonl")) == found

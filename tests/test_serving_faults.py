@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import importlib.util
+import socket
 import subprocess
 import sys
 import threading
@@ -218,7 +219,10 @@ def test_serve_run_takes_the_written_configuration(ray_cluster: None, models: di
     import ray
 
     config = tmp_path / "serve.yaml"
-    write_serve_config(str(config), str(models["first"]), "127.0.0.1", 8127, ServeOptions())
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    write_serve_config(str(config), str(models["first"]), "127.0.0.1", port, ServeOptions())
     address = ray.get_runtime_context().gcs_address
     command = [str(Path(sys.executable).parent / "serve"), "run", "--address", address, "--non-blocking", str(config)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -229,7 +233,7 @@ def test_serve_run_takes_the_written_configuration(ray_cluster: None, models: di
             time.sleep(1)
             with contextlib.suppress(requests.RequestException):
                 answer = requests.post(
-                    "http://127.0.0.1:8127/score", json={"query": "red", "products": ["shoes"]}, timeout=5
+                    f"http://127.0.0.1:{port}/score", json={"query": "red", "products": ["shoes"]}, timeout=5
                 )
         assert answer is not None
         assert answer.json()["model_id"] == Scorer(models["first"]).model_id

@@ -35,7 +35,7 @@ from relevance_ray.serving.guard import Tokens
 from relevance_ray.serving.http import create_app
 from relevance_ray.serving.metrics import FOLDER_VARIABLE
 from relevance_ray.serving.options import ServeOptions
-from relevance_ray.serving.scorer import Scorer, StrPath, name_of, read_calibrated_info
+from relevance_ray.serving.scorer import Scorer, StrPath, UnscorableError, name_of, read_calibrated_info
 from relevance_ray.storage import localize, makedirs
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -178,7 +178,7 @@ def check_options(options: ServeOptions) -> None:
             makedirs(options.shadow_log)
         except OSError as error:
             raise UserError(
-                f"serve.shadow_log {options.shadow_log} cannot be made ({error.strerror}); mend it"
+                f"serve.shadow_log {options.shadow_log} cannot be made ({error.strerror or error}); mend it"
             ) from error
 
 
@@ -191,6 +191,8 @@ def check_model(model_folder: StrPath) -> None:
     read_calibrated_info(Path(model_folder))
     try:
         Scorer(model_folder, device="cpu").score("query", [dict.fromkeys(_TEXT_FIELDS, "product")])
+    except UnscorableError:
+        pass  # it loads, and reads none of these fields
     except UserError:
         raise
     except Exception as error:

@@ -29,7 +29,7 @@ def read_examples(path: str) -> list[dict[str, Any]]:
         lines = read_bytes(path).splitlines()
     except OSError as error:
         raise UserError(
-            f"{path}, which serve.examples names, cannot be read ({error.strerror}); mend the path"
+            f"{path}, which serve.examples names, cannot be read ({error.strerror or error}); mend the path"
         ) from error
     found: list[dict[str, Any]] = []
     for number, line in enumerate(lines[:MAX_EXAMPLES], 1):
@@ -43,18 +43,20 @@ def read_examples(path: str) -> list[dict[str, Any]]:
 
 
 def judged_examples(prepared: Path, num_queries: int = MAX_EXAMPLES) -> list[dict[str, Any]]:
-    """Bodies of POST /score from the judged test queries of a prepared folder, with their first products."""
+    """Bodies of POST /score from the judged test queries of a prepared folder, with their first products; a query whose
+    products could not be sent as they are (a text too long, an attribute without a value) is left out."""
     groups = ds.dataset(prepared / "judged_groups.parquet")
     table = groups.head(num_queries, columns=["query", "products"], filter=ds.field("split") == "test", batch_size=64)
-    return [
-        {
-            "query": row["query"],
-            "products": [
-                _sendable(product["fields"], product["product_id"]) for product in row["products"][:MAX_PRODUCTS_SHOWN]
-            ],
-        }
-        for row in table.to_pylist(maps_as_pydicts="lossy")
-    ]
+    found: list[dict[str, Any]] = []
+    for row in table.to_pylist(maps_as_pydicts="lossy"):
+        products = [_fields(item["fields"], item["product_id"]) for item in row["products"][:MAX_PRODUCTS_SHOWN]]
+        example = {"query": row["query"], "products": products}
+        try:
+            ScoreRequest.model_validate(example)
+        except ValidationError:
+            continue
+        found.append(example)
+    return found
 
 
 def write_examples(path: str, examples: list[dict[str, Any]]) -> None:
@@ -62,6 +64,6 @@ def write_examples(path: str, examples: list[dict[str, Any]]) -> None:
     write_bytes(path, "".join(lines).encode())
 
 
-def _sendable(fields: Mapping[str, Any], product_id: str) -> dict[str, Any]:
+def _fields(fields: Mapping[str, Any], product_id: str) -> dict[str, Any]:
     given = {"product_id": product_id, **fields}
     return {name: value for name, value in given.items() if name in ProductFields.model_fields and value}

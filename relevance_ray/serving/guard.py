@@ -128,6 +128,8 @@ class Guard:
                     crowded = crowded or self._held_bytes + len(part) > _BODIES_HELD * self.max_body_bytes
                     if size > max_bytes or crowded:
                         parts.clear()
+                        self._held_bytes -= held.num_bytes
+                        held.num_bytes = 0
                     else:
                         parts.append(part)
                         held.num_bytes += len(part)
