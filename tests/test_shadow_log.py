@@ -17,7 +17,7 @@ from relevance_ray.serving import shadow_log
 from relevance_ray.serving.http import create_app
 from relevance_ray.serving.options import ServeOptions
 from relevance_ray.serving.scorer import Scorer
-from relevance_ray.serving.shadow_log import SHADOW, ShadowLog
+from relevance_ray.serving.shadow_log import SHADOW, Answered, ShadowLog
 
 PRODUCTS = ["red running shoes", {"product_id": "p2", "title": "leather wallet"}]
 
@@ -70,7 +70,7 @@ def test_a_share_of_the_requests_is_kept(tmp_path: Path) -> None:
     log = ShadowLog(str(tmp_path), 0.2, False, "m")
     rows = [{"logit": 0.0, "probability": 0.5, "score": 0.5, "grade": "E", "truncated": False}]
     for _ in range(2000):
-        log.record("/score", "q", ["p"], rows, 1.0)
+        log.record(Answered("/score", "q", ["p"], rows, 1.0))
     log.close()
     assert 300 < logged(tmp_path).num_rows < 500
 
@@ -106,7 +106,7 @@ def test_a_log_that_cannot_be_written_loses_rows_and_no_request(
     monkeypatch.setattr(shadow_log, "write_table", full)
     counted: list[tuple[int, int]] = []
     log = ShadowLog(str(tmp_path / "log"), 1.0, True, "m", lambda *rows: counted.append(rows))
-    log.record("/score", "q", PRODUCTS, scorer.score("red", PRODUCTS), 1.0)
+    log.record(Answered("/score", "q", PRODUCTS, scorer.score("red", PRODUCTS), 1.0))
     log.close()
     assert counted == [(0, 1)]
 
@@ -122,7 +122,7 @@ def test_rows_that_no_writer_keeps_up_with_are_dropped_and_counted(
     log = ShadowLog(str(tmp_path), 1.0, False, "m", lambda *rows: counted.append(rows))
     row = {"logit": 0.0, "probability": 0.5, "score": 0.5, "grade": "E", "truncated": False}
     for _ in range(10):
-        log.record("/score", "q", ["a", "b"], [row, row], 1.0)
+        log.record(Answered("/score", "q", ["a", "b"], [row, row], 1.0))
     gate.set()
     log.close()
     written, lost = (sum(column) for column in zip(*counted, strict=True))

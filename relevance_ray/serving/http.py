@@ -32,6 +32,7 @@ from relevance_ray.serving.refusals import TOO_MANY, Refusal, refusal, refusals,
 from relevance_ray.serving.rerank import add_rerank
 from relevance_ray.serving.scorer import Scorer, UnscorableError
 from relevance_ray.serving.service import Service
+from relevance_ray.serving.shadow_log import Answered
 
 _PAGE_RULES = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
@@ -143,7 +144,7 @@ def create_app(scorer: Scorer, options: ServeOptions | None = None) -> FastAPI:
     async def score(request: ScoreRequest) -> ScoreResponse:
         products = [p if isinstance(p, str) else p.model_dump(exclude_none=True) for p in request.products]
         rows, milliseconds = await service.score(request.query, products)
-        service.answered("/score", request.query, products, rows, milliseconds)
+        service.answered(Answered("/score", request.query, products, rows, milliseconds))
         ids = [None if isinstance(p, str) else p.product_id for p in request.products]
         results = [Result(product_id=given, **row) for given, row in zip(ids, rows, strict=True)]
         return ScoreResponse(model_id=scorer.model_id, results=results, milliseconds=milliseconds)

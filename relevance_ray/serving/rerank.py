@@ -21,6 +21,7 @@ from relevance_ray.serving.bodies import MAX_PRODUCTS, ProductFields, Text, form
 from relevance_ray.serving.refusals import CohereRefusal, TeiRefusal, refusals
 from relevance_ray.serving.scorer import UnscorableError
 from relevance_ray.serving.service import Service
+from relevance_ray.serving.shadow_log import Answered
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
 _UNREAD = "Accepted, and not read: this server has one model, and its own limit of tokens."
@@ -129,7 +130,7 @@ def add_rerank(app: FastAPI, service: Service) -> None:
         cut = [place for place, row in enumerate(rows) if row["truncated"]]
         if cut and not request.truncate:
             raise UnscorableError(f"text {cut[0]} is longer than the model reads; shorten it, or set truncate")
-        service.answered("/rerank", request.query, request.texts, rows, milliseconds)
+        service.answered(Answered("/rerank", request.query, request.texts, rows, milliseconds))
         scores = [row["logit" if request.raw_scores else "probability"] for row in rows]
         return [
             TeiResult(index=place, score=scores[place], text=request.texts[place] if request.return_text else None)
@@ -141,7 +142,7 @@ async def _cohere(
     service: Service, query: str, documents: Sequence[str | Mapping[str, Any]], top_n: int | None, version: str
 ) -> dict[str, Any]:
     rows, milliseconds = await service.score(query, documents)
-    service.answered(f"/v{version}/rerank", query, documents, rows, milliseconds)
+    service.answered(Answered(f"/v{version}/rerank", query, documents, rows, milliseconds))
     results = [{"index": place, "relevance_score": rows[place]["probability"]} for place in _best_first(rows)[:top_n]]
     meta: dict[str, Any] = {"api_version": {"version": version}}
     if cut := sum(bool(row["truncated"]) for row in rows):

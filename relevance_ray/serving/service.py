@@ -12,7 +12,7 @@ from relevance_ray.serving.metrics import ServingMetrics
 from relevance_ray.serving.options import ServeOptions
 from relevance_ray.serving.queue import ScoringQueue
 from relevance_ray.serving.scorer import Scorer
-from relevance_ray.serving.shadow_log import ShadowLog
+from relevance_ray.serving.shadow_log import Answered, ShadowLog
 
 _T = TypeVar("_T")
 
@@ -50,17 +50,10 @@ class Service:
         self.metrics.truncated_products.inc(sum(bool(row["truncated"]) for row in rows))
         return rows, milliseconds
 
-    def answered(
-        self,
-        route: str,
-        query: str,
-        products: Sequence[str | Mapping[str, Any]],
-        rows: Sequence[Mapping[str, Any]],
-        milliseconds: float,
-    ) -> None:
+    def answered(self, answered: Answered) -> None:
         """Tell the log, where there is one, of scores that a caller was given."""
         if self._log is not None:
-            self._log.record(route, query, products, rows, milliseconds)
+            self._log.record(answered)
 
     async def embed(self, inputs: Sequence[str | Mapping[str, Any]]) -> tuple[np.ndarray, list[bool]]:
         """What `Scorer.embed` gives; errors as `score`."""

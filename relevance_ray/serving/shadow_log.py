@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -52,8 +52,24 @@ SHADOW = pa.schema(
 """A row a request; query and titles are null unless texts were asked for."""
 _ANSWER = ("logit", "probability", "score", "grade", "truncated")
 _log = logging.getLogger(__name__)
-_Answered = tuple[datetime, str, str, Sequence[str | Mapping[str, Any]], Sequence[Mapping[str, Any]], float]
-"""What `ShadowLog.record` is told, and when."""
+
+
+class Answered(NamedTuple):
+    """A request that was answered.
+
+    Attributes:
+        route: that was asked.
+        query: as typed.
+        products: n texts, or mappings of fields.
+        rows: what `Scorer.score` said of each.
+        milliseconds: that scoring took.
+    """
+
+    route: str
+    query: str
+    products: Sequence[str | Mapping[str, Any]]
+    rows: Sequence[Mapping[str, Any]]
+    milliseconds: float
 
 
 class ShadowLog:
@@ -77,28 +93,22 @@ class ShadowLog:
     ) -> None:
         self.folder, self.share, self.with_text, self.model_id = folder, share, with_text, model_id
         self._on_rows = on_rows
-        self._waiting: queue.SimpleQueue[_Answered | None] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[tuple[datetime, Answered] | None] = queue.SimpleQueue()
         self._num_waiting, self._lock = 0, threading.Lock()
         makedirs(folder)
         self._thread = threading.Thread(target=self._write_all, name="shadow-log", daemon=True)
         self._thread.start()
 
-    def record(
-        self,
-        route: str,
-        query: str,
-        products: Sequence[str | Mapping[str, Any]],
-        rows: Sequence[Mapping[str, Any]],
-        milliseconds: float,
-    ) -> None:
-        """Keep one answered request, if it is drawn. Never waits."""
+    def record(self, answered: Answered) -> None:
+        """Keep an answered request, if it is drawn. Never waits."""
         if random.random() >= self.share:
             return
+        num_products = len(answered.products)
         with self._lock:
-            room = self._num_waiting + len(products) <= MAX_WAITING
-            self._num_waiting += len(products) if room else 0
+            room = self._num_waiting + num_products <= MAX_WAITING
+            self._num_waiting += num_products if room else 0
         if room:
-            self._waiting.put((datetime.now(UTC), route, query, products, rows, milliseconds))
+            self._waiting.put((datetime.now(UTC), answered))
         else:
             self._on_rows(0, 1)
 
@@ -110,7 +120,7 @@ class ShadowLog:
     def _write_all(self) -> None:
         ended = False
         while not ended:
-            answered: list[_Answered] = []
+            kept: list[tuple[datetime, Answered]] = []
             num_products, deadline = 0, None
             while num_products < PRODUCTS:
                 left: float | None = None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -121,48 +131,40 @@ class ShadowLog:
                 if item is None:
                     ended = True
                     break
-                answered.append(item)
-                num_products += len(item[3])
+                kept.append(item)
+                num_products += len(item[1].products)
                 deadline = deadline or time.monotonic() + SECONDS
-            if answered:
-                self._write(answered)
+            if kept:
+                self._write(kept)
                 with self._lock:
                     self._num_waiting -= num_products
 
-    def _write(self, answered: list[_Answered]) -> None:
-        name = f"{answered[0][0]:%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}.parquet"
+    def _write(self, kept: list[tuple[datetime, Answered]]) -> None:
+        name = f"{kept[0][0]:%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}.parquet"
         try:
-            table = pa.Table.from_pylist([self._row(*each) for each in answered], schema=SHADOW)
+            table = pa.Table.from_pylist([self._row(*each) for each in kept], schema=SHADOW)
             write_table(join(self.folder, name), table)
         except Exception as error:  # noqa: BLE001  serving goes on without its log; the loss is counted and told
-            _log.warning("the shadow log lost %d requests: %s: %s", len(answered), type(error).__name__, error)
-            self._on_rows(0, len(answered))
+            _log.warning("the shadow log lost %d requests: %s: %s", len(kept), type(error).__name__, error)
+            self._on_rows(0, len(kept))
         else:
-            self._on_rows(len(answered), 0)
+            self._on_rows(len(kept), 0)
 
-    def _row(
-        self,
-        moment: datetime,
-        route: str,
-        query: str,
-        products: Sequence[str | Mapping[str, Any]],
-        rows: Sequence[Mapping[str, Any]],
-        milliseconds: float,
-    ) -> dict[str, Any]:
-        fields = [{"title": product} if isinstance(product, str) else product for product in products]
-        kept = [
+    def _row(self, moment: datetime, answered: Answered) -> dict[str, Any]:
+        fields = [{"title": product} if isinstance(product, str) else product for product in answered.products]
+        products = [
             {
                 "product_id": given.get("product_id"),
                 "title": given.get("title") if self.with_text else None,
                 **{name: row[name] for name in _ANSWER},
             }
-            for given, row in zip(fields, rows, strict=True)
+            for given, row in zip(fields, answered.rows, strict=True)
         ]
         return {
             "time": moment,
-            "route": route,
+            "route": answered.route,
             "model_id": self.model_id,
-            "query": query if self.with_text else None,
-            "products": kept,
-            "milliseconds": milliseconds,
+            "query": answered.query if self.with_text else None,
+            "products": products,
+            "milliseconds": answered.milliseconds,
         }
