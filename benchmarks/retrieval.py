@@ -36,7 +36,7 @@ from relevance_ray.progress import Progress
 from relevance_ray.quiet import quiet_libraries
 from relevance_ray.steps import Chain
 from relevance_ray.storage import fingerprint
-from relevance_ray.student.export import read_vectors
+from relevance_ray.student.vectors import read_vectors
 
 ROOT = Path(__file__).resolve().parents[1]
 DEPTH = 100

@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Llam
 from relevance_ray.calibration import logit_of_classes
 from relevance_ray.engines import bm25
 from relevance_ray.engines.base import Pair
-from relevance_ray.engines.bi_encoder import TextEncoder, build_bi_encoder_folder, embed_texts
+from relevance_ray.engines.bi_encoder import TextEncoder, build_bi_encoder_folder
 from relevance_ray.engines.encoding import PairEncoder, token_batches
 from relevance_ray.engines.ensemble import build_ensemble_folder, fit_stack, stack_logits
 from relevance_ray.engines.file import FileEngine
@@ -107,7 +107,7 @@ def test_prompt_keeps_query_and_question_whole() -> None:
 def test_padding_marks_what_is_real() -> None:
     encoder = PairEncoder(AutoTokenizer.from_pretrained(resolve_model("minilm")), Template())
     encoded = encoder.encode(QUERIES, PRODUCTS)
-    batch = encoder.pad(encoded, [4, 0])
+    batch = encoded.pad([4, 0])
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, encoded.lengths[0])
     assert batch["attention_mask"].sum(axis=1).tolist() == encoded.lengths[[4, 0]].tolist()
     assert (batch["input_ids"][0, encoded.lengths[4] :] == encoder.pad_token_id).all()
@@ -226,7 +226,7 @@ def test_embeddings_equal_sentence_transformers() -> None:
 
     texts = ["red tent", "a", "red tent", "usb cable " * 20]
     expected = SentenceTransformer(str(resolve_model("minilm")), device="cpu").encode(texts)
-    vectors = embed_texts(resolve_model("minilm"), texts, max_batch_tokens=50)
+    vectors = TextEncoder(resolve_model("minilm"), max_batch_tokens=50).embed(texts)
     np.testing.assert_allclose(vectors, expected, atol=1e-5)
     assert TextEncoder(resolve_model("minilm")).embed([]).shape == (0, 384)
 
@@ -234,7 +234,7 @@ def test_embeddings_equal_sentence_transformers() -> None:
 def test_bi_encoder_logit_is_the_scaled_cosine(bi_encoder: Path) -> None:
     model = load_pair_model(bi_encoder)
     texts = [model.info.template.render_product(product) for product in PRODUCTS]
-    queries, products = (embed_texts(resolve_model("minilm"), part) for part in (QUERIES, texts))
+    queries, products = (TextEncoder(resolve_model("minilm")).embed(part) for part in (QUERIES, texts))
     np.testing.assert_allclose(model.logits(QUERIES, PRODUCTS), 20 * (queries * products).sum(axis=1), atol=1e-4)
     assert model.label_rows(["tent"], [{"title": ""}]).errors == [
         "the product has no text in its fields title, brand, color"

@@ -9,7 +9,7 @@ import json
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from relevance_ray.serving.http import create_app
 from relevance_ray.serving.options import ServeOptions
 from relevance_ray.serving.queue import OverloadedError, ScoringQueue
 from relevance_ray.serving.scorer import Scorer
+from relevance_ray.serving.turns import Work
 
 REQUEST = {"query": "red", "products": ["red running shoes", "leather wallet"]}
 
@@ -142,7 +143,7 @@ def test_what_we_broke_is_a_500_in_the_clients_shape(scorer: Scorer, monkeypatch
         raise ZeroDivisionError("a secret query")
 
     with TestClient(create_app(scorer), raise_server_exceptions=False) as client:
-        monkeypatch.setattr(scorer, "score", broken)
+        monkeypatch.setattr(scorer, "run", broken)
         for path, body, key in (
             ("/score", REQUEST, "detail"),
             ("/v2/rerank", {"query": "red", "documents": ["a"]}, "message"),
@@ -182,12 +183,19 @@ def test_pages_of_other_origins_ask_only_where_they_are_named(scorer: Scorer) ->
         assert "access-control-allow-origin" not in client.options("/score", headers=other).headers
 
 
+async def ask(queue: ScoringQueue, num_pairs: int, act: Callable[[], Any]) -> Any:
+    """What `act` gives, run in the place of a model."""
+    with queue.admitted(num_pairs):
+        found, _ = await queue.run(lambda held=act: Work(lambda _: held(), lambda outputs: outputs))
+    return found
+
+
 def run_many(queue: ScoringQueue, sizes: list[int], seconds: float = 0.1) -> list[Any]:
     """What becomes of requests that all arrive while the first is worked on."""
 
     async def run() -> list[Any]:
         async def one(place: int) -> int:
-            return await queue.run(sizes[place], lambda: time.sleep(seconds) or place)
+            return await ask(queue, sizes[place], lambda: time.sleep(seconds) or place)
 
         first = asyncio.create_task(one(0))
         await asyncio.sleep(seconds / 4)
@@ -232,10 +240,10 @@ def test_a_caller_that_went_away_is_not_scored() -> None:
 
     async def run() -> None:
         queue = ScoringQueue(5, 100)
-        first = asyncio.create_task(queue.run(1, lambda: time.sleep(0.1) or worked.append("first")))
+        first = asyncio.create_task(ask(queue, 1, lambda: time.sleep(0.1) or worked.append("first")))
         await asyncio.sleep(0.02)
-        gone = asyncio.create_task(queue.run(1, lambda: worked.append("gone")))
-        last = asyncio.create_task(queue.run(1, lambda: worked.append("last")))
+        gone = asyncio.create_task(ask(queue, 1, lambda: worked.append("gone")))
+        last = asyncio.create_task(ask(queue, 1, lambda: worked.append("last")))
         await asyncio.sleep(0.02)
         gone.cancel()
         await asyncio.gather(first, last)
@@ -250,11 +258,11 @@ def test_what_a_caller_sent_is_let_go_when_it_leaves() -> None:
 
     async def run() -> None:
         queue = ScoringQueue(5, 100)
-        busy = asyncio.create_task(queue.run(1, lambda: time.sleep(0.3)))
+        busy = asyncio.create_task(ask(queue, 1, lambda: time.sleep(0.3)))
         await asyncio.sleep(0.05)
         products = Products()
         alive = weakref.ref(products)
-        gone = asyncio.create_task(queue.run(1, lambda held=products: held))
+        gone = asyncio.create_task(ask(queue, 1, lambda held=products: held))
         del products
         await asyncio.sleep(0.05)
         gone.cancel()
@@ -277,7 +285,7 @@ def test_an_error_leaves_the_queue_as_it_was() -> None:
 
         for _ in range(3):
             with pytest.raises(ValueError, match="of the model"):
-                await queue.run(5, wrong)
+                await ask(queue, 5, wrong)
 
     asyncio.run(fail())
 

@@ -190,7 +190,7 @@ class StepWork:
             )
 
     def _embed(self, folder: str) -> dict[str, Any]:
-        from relevance_ray.student.export_pipeline import export_vectors
+        from relevance_ray.student.vectors_pipeline import export_vectors
 
         resources = self.config.resources
         self.tools.ray("embed")

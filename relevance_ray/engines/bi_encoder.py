@@ -6,17 +6,19 @@ so a query with a thousand candidates is encoded once; the price is that no word
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from relevance_ray.engines.base import SINGLE_LOGIT_GAINS, FolderModel
-from relevance_ray.engines.encoding import token_batches
-from relevance_ray.engines.transformers import as_class_logits, batch_tokens, pick_device, pick_dtype
+from relevance_ray.engines.base import SINGLE_LOGIT_GAINS
+from relevance_ray.engines.encoding import EncodedTexts
+from relevance_ray.engines.forward import Forward, batch_tokens, pick_device, run_texts
+from relevance_ray.engines.runtimes import open_forward
+from relevance_ray.engines.token_model import PairInputs, TokenModel, distinct_places
+from relevance_ray.engines.transformers import as_class_logits
 from relevance_ray.model_folder import ModelInfo, finish_folder, read_model_info, staged_folder
 from relevance_ray.schema import LabelScale
 from relevance_ray.templates import Template
@@ -31,9 +33,7 @@ class TextEncoder:
     Args:
         folder: any `save_pretrained` folder of an encoder.
         max_tokens: a longer text is cut.
-
-    Attributes:
-        num_tokens: read so far.
+        num_threads: of a runtime other than torch; None for all cores.
     """
 
     def __init__(
@@ -42,80 +42,82 @@ class TextEncoder:
         device: str = "auto",
         max_batch_tokens: int | None = None,
         max_tokens: int = 128,
+        num_threads: int | None = None,
     ) -> None:
-        self.num_tokens = 0
         self.device = pick_device(device)
         self.max_batch_tokens = batch_tokens(max_batch_tokens, self.device)
         self.max_tokens = max_tokens
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model = AutoModel.from_pretrained(folder, dtype=pick_dtype(self.device)).to(self.device).eval()
+        self.forward: Forward = open_forward(folder, self.device, pooled=True, num_threads=num_threads)
 
     @property
     def dimension(self) -> int:
-        return int(self.model.config.hidden_size)
+        return self.forward.width
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """float32 [n, d], each row of length 1. Equal texts are encoded once."""
-        index: dict[str, int] = {}
-        which = np.asarray([index.setdefault(text, len(index)) for text in texts], dtype=np.int64)
-        distinct = list(index)
+        distinct, places = distinct_places(texts)
         vectors = np.zeros((len(distinct), self.dimension), dtype=np.float32)
         for start in range(0, len(distinct), _ROWS_AT_ONCE):
-            vectors[start : start + _ROWS_AT_ONCE] = self._embed_distinct(distinct[start : start + _ROWS_AT_ONCE])
-        return vectors[which]
+            encoded = self.tokenize(distinct[start : start + _ROWS_AT_ONCE])
+            vectors[start : start + _ROWS_AT_ONCE] = run_texts(self.forward, encoded, self.max_batch_tokens)
+        return vectors[places]
 
-    def are_cut(self, texts: Sequence[str]) -> list[bool]:
-        """Of each text whether it has more tokens than are read."""
-        encoded = self.tokenizer(list(texts), truncation=False, padding=False, verbose=False)
-        return [len(ids) > self.max_tokens for ids in encoded["input_ids"]]
-
-    def _embed_distinct(self, texts: list[str]) -> np.ndarray:
-        encoded = self.tokenizer(texts, truncation=True, max_length=self.max_tokens, padding=False)
-        lengths = np.asarray([len(ids) for ids in encoded["input_ids"]])
-        self.num_tokens += int(lengths.sum())
-        vectors = np.zeros((len(texts), self.dimension), dtype=np.float32)
-        with torch.inference_mode():
-            for rows in token_batches(lengths, self.max_batch_tokens):
-                picked = {key: [values[row] for row in rows] for key, values in encoded.items()}
-                batch = self.tokenizer.pad(picked, padding_side="right", return_tensors="pt").to(self.device)
-                hidden = self.model(**batch).last_hidden_state.float()
-                mask = batch["attention_mask"].unsqueeze(-1).float()
-                mean = (hidden * mask).sum(dim=1) / mask.sum(dim=1)
-                vectors[rows] = torch.nn.functional.normalize(mean, dim=1).cpu().numpy()
-        return vectors
+    def tokenize(self, texts: Sequence[str]) -> EncodedTexts:
+        """Token ids of texts, special tokens included."""
+        if not texts:
+            return EncodedTexts([], None, [], np.zeros(0, dtype=bool), 0)
+        encoded = self.tokenizer(list(texts), truncation=True, max_length=self.max_tokens, padding=False)
+        types = encoded.get("token_type_ids")
+        return EncodedTexts(
+            [np.asarray(ids, dtype=np.int32) for ids in encoded["input_ids"]],
+            None if types is None else [np.asarray(each, dtype=np.int32) for each in types],
+            [None] * len(texts),
+            np.asarray([bool(each.overflowing) for each in encoded.encodings], dtype=bool),
+            int(self.tokenizer.pad_token_id),
+        )
 
 
-def embed_texts(
-    folder: str | Path, texts: Sequence[str], max_batch_tokens: int | None = None, device: str = "auto"
-) -> np.ndarray:
-    """Unit vectors float32 [n, d] of texts, by a model loaded for this call; hold a `TextEncoder` for several."""
-    return TextEncoder(folder, device, max_batch_tokens).embed(texts)
-
-
-class BiEncoderModel(FolderModel):
+class BiEncoderModel(TokenModel[str]):
     """A model folder of kind bi_encoder: class logits [0, logit_scale * (cosine - bias)]."""
 
     gains = SINGLE_LOGIT_GAINS
+    window_rows = _ROWS_AT_ONCE
 
-    def __init__(self, folder: str | Path, device: str = "auto", max_batch_tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        device: str = "auto",
+        max_batch_tokens: int | None = None,
+        *,
+        num_threads: int | None = None,
+    ) -> None:
         self.info = read_model_info(folder)
-        self.encoder = TextEncoder(folder, device, max_batch_tokens, self.info.template.max_tokens)
+        max_tokens = self.info.template.max_tokens
+        self.encoder = TextEncoder(folder, device, max_batch_tokens, max_tokens, num_threads)
+        self.forward, self.max_batch_tokens = self.encoder.forward, self.encoder.max_batch_tokens
         self.logit_scale = float(self.info.extra["logit_scale"])
         self.bias = float(self.info.extra["bias"])
 
-    @property
-    def num_tokens(self) -> int:
-        return self.encoder.num_tokens
+    def inputs(self, queries: Sequence[str], texts: Sequence[str]) -> PairInputs[str]:
+        distinct, places = distinct_places([*queries, *texts])
+        return PairInputs(distinct, places[len(queries) :], places[: len(queries)])
 
-    def _forward(
-        self, queries: Sequence[str], products: Sequence[Mapping[str, Any]]
-    ) -> tuple[np.ndarray, list[str | None]]:
-        texts = [self.info.template.render_product(product) for product in products]
-        fields = ", ".join(self.info.template.fields)
-        errors = [None if text else f"the product has no text in its fields {fields}" for text in texts]
-        vectors = self.encoder.embed([*queries, *texts])
-        cosines = np.einsum("nd,nd->n", vectors[: len(queries)], vectors[len(queries) :])
-        return as_class_logits((self.logit_scale * (cosines - self.bias)).astype(np.float32)[:, None]), errors
+    def tokenize(self, distinct: Sequence[str]) -> EncodedTexts:
+        encoded = self.encoder.tokenize(distinct)
+        for place, text in enumerate(distinct):
+            if not text:  # of a product: a query is never empty
+                fields = ", ".join(self.info.template.fields)
+                encoded.errors[place] = f"the product has no text in its fields {fields}"
+                encoded.input_ids[place] = encoded.input_ids[place][:0]
+                if encoded.token_type_ids is not None:
+                    encoded.token_type_ids[place] = encoded.token_type_ids[place][:0]
+        return encoded
+
+    def finish(self, inputs: PairInputs[str], outputs: np.ndarray) -> np.ndarray:
+        assert inputs.query is not None
+        cosines = np.einsum("nd,nd->n", outputs[inputs.query], outputs[inputs.product])
+        return as_class_logits((self.logit_scale * (cosines - self.bias)).astype(np.float32)[:, None])
 
 
 def build_bi_encoder_folder(

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -23,26 +23,75 @@ Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 
+class KnownTokens(Protocol):
+    """Token ids of texts seen before, such as a cache's: int32 arrays that nobody changes."""
+
+    def get(self, text: str) -> np.ndarray | None: ...
+
+    def put(self, text: str, ids: np.ndarray) -> None: ...
+
+
 @dataclass(slots=True)
-class EncodedPairs:
-    """Token ids of n pairs, unpadded.
+class EncodedTexts:
+    """Token ids of n inputs of a model (pairs, or texts of one side), unpadded.
 
     Attributes:
-        input_ids: one int32 array a pair; empty where the pair failed.
+        input_ids: one int32 array an input; empty where it failed.
         token_type_ids: the same shapes, or None for a model without them.
-        errors: why a pair cannot be encoded, else None.
-        truncated: whether the product was cut, bool [n].
+        errors: why an input cannot be encoded, else None.
+        truncated: whether its text was cut, bool [n].
+        pad_token_id: what fills a shorter row of a batch.
     """
 
     input_ids: list[np.ndarray]
     token_type_ids: list[np.ndarray] | None
     errors: list[str | None]
     truncated: np.ndarray
+    pad_token_id: int
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each pair, int64 [n]; 0 where it failed."""
+        """Tokens of each input, int64 [n]; 0 where it failed."""
         return np.fromiter((len(ids) for ids in self.input_ids), dtype=np.int64, count=len(self.input_ids))
+
+    def pad(self, rows: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        """The model's inputs for some rows: `input_ids`, `attention_mask` and, where the model has them,
+        `token_type_ids`, each int64 [len(rows), longest], padded on the right."""
+        lengths = np.asarray([len(self.input_ids[row]) for row in rows])
+        mask = np.arange(lengths.max()) < lengths[:, None]
+        ids = np.full(mask.shape, self.pad_token_id, dtype=np.int64)
+        ids[mask] = np.concatenate([self.input_ids[row] for row in rows])
+        batch = {"input_ids": ids, "attention_mask": mask.astype(np.int64)}
+        if self.token_type_ids is not None:
+            types = np.zeros(mask.shape, dtype=np.int64)
+            types[mask] = np.concatenate([self.token_type_ids[row] for row in rows])
+            batch["token_type_ids"] = types
+        return batch
+
+    def take(self, rows: Sequence[int] | np.ndarray) -> EncodedTexts:
+        """Some of them, in the order of `rows`."""
+        types = self.token_type_ids
+        return EncodedTexts(
+            [self.input_ids[row] for row in rows],
+            None if types is None else [types[row] for row in rows],
+            [self.errors[row] for row in rows],
+            self.truncated[rows],
+            self.pad_token_id,
+        )
+
+
+def join_texts(parts: Sequence[EncodedTexts]) -> EncodedTexts:
+    """Inputs of one model, from several, in order."""
+    if len(parts) == 1:
+        return parts[0]
+    types = [part.token_type_ids for part in parts if part.token_type_ids is not None]
+    return EncodedTexts(
+        [ids for part in parts for ids in part.input_ids],
+        [each for part in types for each in part] if types else None,
+        [error for part in parts for error in part.errors],
+        np.concatenate([part.truncated for part in parts]),
+        parts[0].pad_token_id,
+    )
 
 
 class PairEncoder:
@@ -70,18 +119,20 @@ class PairEncoder:
         self._max_tokens = template.max_tokens
         self._room = self._max_tokens - fixed
 
-    def encode(self, queries: Sequence[str], products: Sequence[Mapping[str, Any]]) -> EncodedPairs:
+    def encode(self, queries: Sequence[str], products: Sequence[Mapping[str, Any]]) -> EncodedTexts:
         """Encode n pairs of valid text. A query that leaves no room for its product, or a product without any text, is
         an error of its row."""
         return self.encode_texts(queries, [self.template.render_product(product) for product in products])
 
-    def encode_texts(self, queries: Sequence[str], texts: Sequence[str]) -> EncodedPairs:
-        """The same for products that are text already."""
+    def encode_texts(
+        self, queries: Sequence[str], texts: Sequence[str], known: KnownTokens | None = None
+    ) -> EncodedTexts:
+        """The same for products that are text already; tokens of those that are `known` are taken from there."""
         assert len(queries) == len(texts), (len(queries), len(texts))
         query_index: dict[str, int] = {}
         which = [query_index.setdefault(query, len(query_index)) for query in queries]
         query_ids = self._tokenize([self._query_lead + query for query in query_index])
-        product_ids = self._tokenize([self._product_lead + text for text in texts])
+        product_ids = self._product_tokens(texts, known)
         heads = [np.concatenate([self._head, ids, self._middle]) for ids in query_ids]
 
         input_ids, token_types, errors = [], [], []
@@ -100,21 +151,18 @@ class PairEncoder:
             if self._types is not None:
                 counts = (len(heads[query]), len(kept) + len(self._tail))
                 token_types.append(np.repeat(np.asarray(self._types, dtype=np.int32), counts))
-        return EncodedPairs(input_ids, None if self._types is None else token_types, errors, truncated)
+        types = None if self._types is None else token_types
+        return EncodedTexts(input_ids, types, errors, truncated, self.pad_token_id)
 
-    def pad(self, encoded: EncodedPairs, rows: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-        """The model's inputs for some rows: `input_ids`, `attention_mask` and, where the model has them,
-        `token_type_ids`, each int64 [len(rows), longest], padded on the right."""
-        lengths = np.asarray([len(encoded.input_ids[row]) for row in rows])
-        mask = np.arange(lengths.max()) < lengths[:, None]
-        ids = np.full(mask.shape, self.pad_token_id, dtype=np.int64)
-        ids[mask] = np.concatenate([encoded.input_ids[row] for row in rows])
-        batch = {"input_ids": ids, "attention_mask": mask.astype(np.int64)}
-        if encoded.token_type_ids is not None:
-            types = np.zeros(mask.shape, dtype=np.int64)
-            types[mask] = np.concatenate([encoded.token_type_ids[row] for row in rows])
-            batch["token_type_ids"] = types
-        return batch
+    def _product_tokens(self, texts: Sequence[str], known: KnownTokens | None) -> list[np.ndarray]:
+        if known is None:
+            return self._tokenize([self._product_lead + text for text in texts])
+        found = [known.get(text) for text in texts]
+        new = [row for row, ids in enumerate(found) if ids is None]
+        for row, ids in zip(new, self._tokenize([self._product_lead + texts[row] for row in new]), strict=True):
+            known.put(texts[row], ids)
+            found[row] = ids
+        return [ids for ids in found if ids is not None]
 
     def _problem(self, room: int, text: str) -> str | None:
         if room < 1:
@@ -201,9 +249,10 @@ def in_windows(
     encode: Callable[[Sequence[str], Sequence[Mapping[str, Any]]], Made],
     queries: Sequence[str],
     products: Sequence[Mapping[str, Any]],
+    window_rows: int = WINDOW_ROWS,
 ) -> Iterator[tuple[slice, Made]]:
     """Pairs encoded a window of rows at a time, each while the caller is at work on the one before."""
-    windows = [slice(start, start + WINDOW_ROWS) for start in range(0, len(queries), WINDOW_ROWS)]
+    windows = [slice(start, start + window_rows) for start in range(0, len(queries), window_rows)]
     yield from zip(windows, ahead(lambda rows: encode(queries[rows], products[rows]), windows), strict=True)
 
 

@@ -22,8 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from relevance_ray.engines.base import SINGLE_LOGIT_GAINS, FolderModel
 from relevance_ray.engines.encoding import in_windows, start_tokens, token_batches, tokenize
+from relevance_ray.engines.forward import batch_tokens, pick_device, pick_dtype
 from relevance_ray.engines.sequence import check_positions, check_writes
-from relevance_ray.engines.transformers import as_class_logits, batch_tokens, pick_device, pick_dtype
+from relevance_ray.engines.transformers import as_class_logits
 from relevance_ray.model_folder import ModelInfo, finish_folder, read_model_info, staged_folder
 from relevance_ray.schema import LabelScale
 from relevance_ray.templates import Template

@@ -32,7 +32,7 @@ def load_pair_model(
     Args:
         folder: written by training, or by `build_bi_encoder_folder` and its kin.
         device: a torch device, or "auto".
-        num_threads: CPU threads of torch in this process; None or 0 leaves them.
+        num_threads: CPU threads of the model in this process; None or 0 leaves them.
         max_batch_tokens: padded tokens of one forward pass; None for what suits the device.
         compiled: run classifiers and cross-encoders through `torch.compile`.
         vllm: run classifiers and cross-encoders, an ensemble's too, through vLLM; `close` the model when done.
@@ -49,7 +49,7 @@ def load_pair_model(
             return VllmModel(path, device, num_threads or 0, max_batch_tokens, vllm.engine_args, share)
         from relevance_ray.engines.transformers import SequenceModel
 
-        return SequenceModel(path, device, max_batch_tokens, compiled=compiled)
+        return SequenceModel(path, device, max_batch_tokens, num_threads=num_threads, compiled=compiled)
 
     def open_any(path: str | Path) -> FolderModel:
         kind = read_model_info(path).kind
@@ -68,7 +68,7 @@ def load_pair_model(
         if kind == "bi_encoder":
             from relevance_ray.engines.bi_encoder import BiEncoderModel
 
-            return BiEncoderModel(path, device, max_batch_tokens)
+            return BiEncoderModel(path, device, max_batch_tokens, num_threads=num_threads)
         if kind == "query_likelihood":
             from relevance_ray.engines.query_likelihood import QueryLikelihoodModel
 

@@ -8,31 +8,29 @@ window only, which costs a few padded tokens and keeps a GPU from waiting.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
-from relevance_ray.engines.base import SINGLE_LOGIT_GAINS, FolderModel
-from relevance_ray.engines.encoding import EncodedPairs, PairEncoder, in_windows, token_batches
+from relevance_ray.engines.base import SINGLE_LOGIT_GAINS
+from relevance_ray.engines.encoding import EncodedTexts, PairEncoder
+from relevance_ray.engines.forward import batch_tokens, pick_device
+from relevance_ray.engines.runtimes import open_forward
+from relevance_ray.engines.token_model import PairInputs, TokenModel, distinct_places
 from relevance_ray.model_folder import ModelInfo, read_model_info
 
-DEFAULT_BATCH_TOKENS = 8192
-CPU_BATCH_TOKENS = 2048
-"""Larger batches are slower there (benchmarks/batch_tokens.py)."""
 
-
-class SequenceModel(FolderModel):
+class SequenceModel(TokenModel[tuple[str, str]]):
     """A cross-encoder or classifier: `num_labels` 1 gives class logits [0, logit], K gives K.
 
     Args:
         folder: a model folder of kind cross_encoder or classifier.
         device: a torch device, or "auto".
         max_batch_tokens: padded tokens of one forward pass (`batch_tokens`).
-        compiled: run through `torch.compile`, which takes a minute to pay for itself.
+        num_threads: of a runtime other than torch, which has its own setting; None for all cores.
+        compiled: run torch through `torch.compile`, which takes a minute to pay for itself.
     """
 
     def __init__(
@@ -41,59 +39,33 @@ class SequenceModel(FolderModel):
         device: str = "auto",
         max_batch_tokens: int | None = None,
         *,
+        num_threads: int | None = None,
         compiled: bool = False,
     ) -> None:
-        self._num_tokens = 0
         self.info = read_model_info(folder)
         self.device = pick_device(device)
         self.max_batch_tokens = batch_tokens(max_batch_tokens, self.device)
         self.encoder = PairEncoder(AutoTokenizer.from_pretrained(folder), self.info.template)
-        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=pick_dtype(self.device))
-        if model.config.pad_token_id is None:
-            # A causal classifier finds its last token by looking for padding.
-            model.config.pad_token_id = self.encoder.pad_token_id
-        self.model = model.to(self.device).eval()
-        self._run = torch.compile(self.model, dynamic=True) if compiled else self.model
-        self.gains = gains_of(self.info, model.config.num_labels)
+        self.forward = open_forward(
+            folder,
+            self.device,
+            pooled=False,
+            pad_token_id=self.encoder.pad_token_id,
+            num_threads=num_threads,
+            compiled=compiled,
+        )
+        self.gains = gains_of(self.info, AutoConfig.from_pretrained(folder).num_labels)
 
-    @property
-    def num_tokens(self) -> int:
-        return self._num_tokens
+    def inputs(self, queries: Sequence[str], texts: Sequence[str]) -> PairInputs[tuple[str, str]]:
+        distinct, places = distinct_places(list(zip(queries, texts, strict=True)))
+        return PairInputs(distinct, places, None)
 
-    def _forward(
-        self, queries: Sequence[str], products: Sequence[Mapping[str, Any]]
-    ) -> tuple[np.ndarray, list[str | None]]:
-        class_logits = np.full((len(queries), len(self.gains)), np.nan, dtype=np.float32)
-        errors: list[str | None] = []
-        for rows, encoded in in_windows(self.encoder.encode, queries, products):
-            class_logits[rows] = self._class_logits(encoded)
-            errors += encoded.errors
-        return class_logits, errors
+    def tokenize(self, distinct: Sequence[tuple[str, str]]) -> EncodedTexts:
+        queries, texts = [query for query, _ in distinct], [text for _, text in distinct]
+        return self.encoder.encode_texts(queries, texts, self.known_tokens)
 
-    def _class_logits(self, encoded: EncodedPairs) -> np.ndarray:
-        class_logits = np.full((len(encoded.errors), len(self.gains)), np.nan, dtype=np.float32)
-        with torch.inference_mode():
-            for rows in token_batches(encoded.lengths, self.max_batch_tokens):
-                batch = {key: torch.from_numpy(value) for key, value in self.encoder.pad(encoded, rows).items()}
-                found = self._run(**{key: value.to(self.device) for key, value in batch.items()}).logits
-                class_logits[rows] = as_class_logits(found.float().cpu().numpy())
-        self._num_tokens += int(encoded.lengths.sum())
-        return class_logits
-
-
-def pick_device(device: str) -> torch.device:
-    """The torch device of a name; "auto" is the GPU where there is one."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-
-
-def pick_dtype(device: torch.device) -> torch.dtype:
-    """Float32 on a CPU, bf16 on a GPU."""
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
-
-
-def batch_tokens(wanted: int | None, device: torch.device) -> int:
-    """Tokens of one forward pass: those that are wanted, else what suits the device."""
-    return wanted or (CPU_BATCH_TOKENS if device.type == "cpu" else DEFAULT_BATCH_TOKENS)
+    def finish(self, inputs: PairInputs[tuple[str, str]], outputs: np.ndarray) -> np.ndarray:
+        return as_class_logits(outputs)[inputs.product]
 
 
 def gains_of(info: ModelInfo, num_labels: int) -> tuple[float, ...]:

@@ -22,9 +22,9 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from relevance_ray.engines.chat import ChatEncoder
 from relevance_ray.engines.encoding import token_batches
+from relevance_ray.engines.forward import DEFAULT_BATCH_TOKENS, pick_device, pick_dtype
 from relevance_ray.engines.generation import Generated, Message, Sampling
 from relevance_ray.engines.sequence import check_writes
-from relevance_ray.engines.transformers import DEFAULT_BATCH_TOKENS, pick_device, pick_dtype
 from relevance_ray.errors import UserError
 from relevance_ray.models import resolve_model
 

@@ -25,8 +25,9 @@ from relevance_ray.engines import vllm_worker
 from relevance_ray.engines.base import FolderModel
 from relevance_ray.engines.chat import ChatEncoder
 from relevance_ray.engines.encoding import PairEncoder
+from relevance_ray.engines.forward import DEFAULT_BATCH_TOKENS
 from relevance_ray.engines.generation import Generated, Message, Sampling
-from relevance_ray.engines.transformers import DEFAULT_BATCH_TOKENS, as_class_logits, gains_of
+from relevance_ray.engines.transformers import as_class_logits, gains_of
 from relevance_ray.errors import UserError
 from relevance_ray.model_folder import read_model_info
 

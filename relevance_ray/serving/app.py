@@ -55,7 +55,14 @@ class ScoringReplica:
             os.makedirs(folder, mode=0o700, exist_ok=True)
         device = "cuda" if self.options.gpus_per_replica > 0 else "cpu"
         threads = self.options.cpus_per_replica
-        self.scorer = Scorer(localize(model_folder), device=device, num_threads=threads, name=name_of(model_folder))
+        self.scorer = Scorer(
+            localize(model_folder),
+            device=device,
+            num_threads=threads,
+            name=name_of(model_folder),
+            score_cache_mb=self.options.score_cache_mb,
+            token_cache_mb=self.options.token_cache_mb,
+        )
         self.scorer.model_id  # noqa: B018  read now, while the folder is what was loaded
 
     def __serve_build_asgi_app__(self) -> FastAPI:

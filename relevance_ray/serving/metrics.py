@@ -34,6 +34,7 @@ class ServingMetrics:
         scored_pairs, truncated_products: by what they say.
         scoring_seconds: in the model, by request.
         queued: requests waiting for the model or in it.
+        cache_hits, cache_misses: inputs that a cache knew and did not know, by cache.
         logged, unlogged: requests that the shadow log wrote, and that it could not.
     """
 
@@ -52,6 +53,9 @@ class ServingMetrics:
         self.truncated_products = Counter(f"{_PREFIX}truncated_products", "Products whose text was cut.", registry=own)
         told = "Requests waiting for the model, or in it."
         self.queued = Gauge(f"{_PREFIX}queued_requests", told, multiprocess_mode="livesum", registry=own)
+        self.cache_hits = Counter(f"{_PREFIX}cache_hits", "Inputs a cache knew.", ["cache"], registry=own)
+        self.cache_misses = Counter(f"{_PREFIX}cache_misses", "Inputs it did not know.", ["cache"], registry=own)
+        self._cached: dict[str, tuple[int, int]] = {}
         self.logged = Counter(f"{_PREFIX}shadow_logged_requests", "Requests written to the shadow log.", registry=own)
         self.unlogged = Counter(
             f"{_PREFIX}shadow_lost_requests", "Requests the shadow log could not write.", registry=own
@@ -66,6 +70,13 @@ class ServingMetrics:
 
     def loaded(self, model: str, model_id: str) -> None:
         self._info.labels(model, model_id).set(1)
+
+    def cached(self, name: str, hits: int, misses: int) -> None:
+        """Tell of a cache's counts since it was made."""
+        hits_before, misses_before = self._cached.get(name, (0, 0))
+        self._cached[name] = hits, misses
+        self.cache_hits.labels(name).inc(hits - hits_before)
+        self.cache_misses.labels(name).inc(misses - misses_before)
 
     def text(self) -> bytes:
         """In Prometheus's text format."""

@@ -25,6 +25,14 @@ class ServeOptions:
         "waiting is taken, however large",
         operational=True,
     )
+    score_cache_mb: float = option(
+        64.0,
+        "Megabytes of each copy for scores it gave before (of a two-tower: for vectors of texts); 0: none are kept",
+        operational=True,
+    )
+    token_cache_mb: float = option(
+        32.0, "Megabytes of each copy for tokens of products it read before; 0: none are kept", operational=True
+    )
     max_body_mb: float = option(
         10.0, "Megabytes of the largest request; a larger one is answered 413", operational=True
     )
@@ -59,6 +67,8 @@ class ServeOptions:
             raise ValueError("num_replicas and cpus_per_replica must be at least 1, gpus_per_replica at least 0")
         if self.max_queued_requests < 0 or self.max_queued_pairs < 0:
             raise ValueError("max_queued_requests and max_queued_pairs must be at least 0")
+        if self.score_cache_mb < 0 or self.token_cache_mb < 0:
+            raise ValueError("score_cache_mb and token_cache_mb must be at least 0")
         if not (self.max_body_mb > 0 and self.body_seconds > 0):
             raise ValueError("max_body_mb and body_seconds must be above 0")
         if not 0 <= self.shadow_share <= 1:

@@ -1,4 +1,4 @@
-"""Requests on their way to the model: one at a time, in the order of arrival, and only as many as are soon answered.
+"""Requests on their way to an answer: tokenised, run through the model in turns, and only as many as are soon answered.
 
 Past capacity a queue without bound makes every answer late. This one refuses what it could only answer late, so that
 what it takes is answered about as fast as at high load; a refused client hears when to come again. The bound counts
@@ -8,12 +8,15 @@ pairs beside requests, because a request holds 1 to 1,000 of them. A caller that
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from relevance_ray.serving.turns import Turns, Work
 
 _T = TypeVar("_T")
 _MEMORY = 0.9
@@ -29,7 +32,7 @@ class OverloadedError(Exception):
 
 
 class ScoringQueue:
-    """Runs work in a thread of its own, and refuses it where too much waits.
+    """Takes requests, and refuses them where too much waits. Tokenising has a thread of its own, and so has the model.
 
     Args:
         max_requests: that may wait behind the one that is worked on.
@@ -43,17 +46,18 @@ class ScoringQueue:
     ) -> None:
         self.max_requests, self.max_pairs = max_requests, max_pairs
         self._on_change = on_change
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
+        self._tokenizer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
+        self._turns = Turns(self._worked)
         self._lock = threading.Lock()
         self._requests = self._pairs = 0
-        self._pairs_per_second = 0.0
+        self._recent_pairs = self._recent_seconds = self._seconds = 0.0
 
-    async def run(self, num_pairs: int, work: Callable[[], _T]) -> _T:
-        """The result of `work()`, when its turn came.
+    @contextlib.contextmanager
+    def admitted(self, num_pairs: int) -> Iterator[None]:
+        """Count a request while it is worked on.
 
         Raises:
             OverloadedError: too much waits already.
-            Exception: whatever `work` raises.
         """
         with self._lock:
             ahead = max(0, self._requests - 1)
@@ -63,33 +67,50 @@ class ScoringQueue:
             self._pairs += num_pairs
             depth = self._requests
         self._on_change(depth)
-        held = [work]  # the executor keeps a cancelled call until its turn; what the call holds is let go at once
-        future = self._executor.submit(self._timed, num_pairs, held)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._requests -= 1
+                self._pairs -= num_pairs
+                depth = self._requests
+                if self._seconds:
+                    self._recent_pairs = _MEMORY * self._recent_pairs + num_pairs
+                    self._recent_seconds = _MEMORY * self._recent_seconds + self._seconds
+                    self._seconds = 0.0
+            self._on_change(depth)
 
-        def leave(_done: Future[_T]) -> None:
+    async def run(self, prepare: Callable[[], Work[_T]]) -> tuple[_T, float]:
+        """What the work that `prepare` makes ends with, and the seconds that it took without waiting.
+
+        Raises:
+            Exception: whatever `prepare` or the work raises.
+        """
+        held: list[Callable[[], Work[_T]]] = [prepare]  # executors keep a cancelled call; what it holds is let go
+        del prepare
+
+        def prepared() -> tuple[Work[_T], float]:
+            start = time.perf_counter()
+            return held.pop()(), time.perf_counter() - start
+
+        asked = self._tokenizer.submit(prepared)
+        try:
+            work, seconds = await asyncio.wrap_future(asked)
+        finally:
             held.clear()
-            self._leave(num_pairs)
-
-        future.add_done_callback(leave)
-        del work
-        return await asyncio.wrap_future(future)  # cancelled with its caller, it is never begun
-
-    def _timed(self, num_pairs: int, held: list[Callable[[], _T]]) -> _T:
+        outputs: Any
+        if work.texts is not None and not work.texts.input_ids:
+            outputs, in_turns = None, 0.0
+        else:
+            outputs, in_turns = await asyncio.wrap_future(self._turns.submit(work))
         start = time.perf_counter()
-        result = held[0]()
-        rate = num_pairs / max(time.perf_counter() - start, 1e-9)
-        with self._lock:
-            known = self._pairs_per_second
-            self._pairs_per_second = _MEMORY * known + (1 - _MEMORY) * rate if known else rate
-        return result
+        found = work.finish(outputs)
+        return found, seconds + in_turns + time.perf_counter() - start
 
-    def _leave(self, num_pairs: int) -> None:
+    def _worked(self, seconds: float) -> None:
         with self._lock:
-            self._requests -= 1
-            self._pairs -= num_pairs
-            depth = self._requests
-        self._on_change(depth)
+            self._seconds += seconds
 
     def _seconds_to_empty(self) -> int:
-        seconds = self._pairs / self._pairs_per_second if self._pairs_per_second else 1.0
-        return max(1, min(60, math.ceil(seconds)))
+        rate = self._recent_pairs / self._recent_seconds if self._recent_seconds else 0.0
+        return max(1, min(60, math.ceil(self._pairs / rate))) if rate else 1

@@ -1,7 +1,10 @@
 """From a model folder to scores: what HTTP, the `score` command and a Python program share.
 
-A scorer answers one call at a time behind a lock. The tokenizers library refuses concurrent use of one tokenizer, and
-on a CPU two forward passes at once only share the cores; more copies are replicas, each with a scorer of its own.
+A request is scored in three parts, so that a server can do each where and with whom it wants: `prepare` (text to token
+ids, what a cache knows left out), `run` (ids to outputs, of several requests together), and the end of its `Work`
+(outputs to answers). `score` does all three. Each part is for one thread at a time, behind a lock: the tokenizers library
+refuses concurrent use of one tokenizer, and on a CPU two forward passes at once only share the cores; more copies are
+replicas, each with a scorer of its own.
 """
 
 from __future__ import annotations
@@ -18,10 +21,13 @@ import numpy as np
 from relevance_ray.calibration import logit_of_classes
 from relevance_ray.engines.base import row_error
 from relevance_ray.engines.bi_encoder import BiEncoderModel
+from relevance_ray.engines.encoding import EncodedTexts
 from relevance_ray.engines.registry import load_pair_model
-from relevance_ray.engines.transformers import SequenceModel
+from relevance_ray.engines.token_model import TokenModel
 from relevance_ray.errors import UserError
 from relevance_ray.model_folder import ModelInfo, read_model_info
+from relevance_ray.serving.cache import OutputCache, TokenCache, text_key
+from relevance_ray.serving.turns import Work
 from relevance_ray.storage import content_id
 
 StrPath = str | Path
@@ -58,10 +64,22 @@ class Scorer:
         device: "auto", or a torch device.
         num_threads: torch threads; None leaves torch's own choice.
         name: what the model is called; by default after its folder.
+        score_cache_mb: of outputs that `prepare` keeps (`OutputCache`); 0 for none.
+        token_cache_mb: of products' tokens that it keeps (`TokenCache`), for models that read query and product together.
+
+    Attributes:
+        caches: what is kept, by name: "scores" and "tokens", where there are such.
     """
 
     def __init__(
-        self, folder: StrPath, device: str = "auto", num_threads: int | None = None, name: str | None = None
+        self,
+        folder: StrPath,
+        device: str = "auto",
+        num_threads: int | None = None,
+        name: str | None = None,
+        *,
+        score_cache_mb: float = 0.0,
+        token_cache_mb: float = 0.0,
     ) -> None:
         self.folder = Path(folder)
         self.name = name or name_of(str(self.folder.resolve()))
@@ -69,7 +87,16 @@ class Scorer:
         assert self.info.calibration is not None
         self._calibration = self.info.calibration
         self._model = load_pair_model(self.folder, device=device, num_threads=num_threads)
-        self._lock = threading.Lock()
+        self._tokenizing, self._running = threading.Lock(), threading.Lock()
+        self.caches: dict[str, OutputCache | TokenCache] = {}
+        self._outputs = None
+        if isinstance(self._model, TokenModel):
+            if score_cache_mb:
+                self._outputs = self.caches["scores"] = OutputCache(score_cache_mb, self._model.forward.width)
+            if token_cache_mb and not isinstance(self._model, BiEncoderModel):
+                self._model.known_tokens = self.caches["tokens"] = TokenCache(
+                    token_cache_mb, self.info.template.max_tokens
+                )
 
     @cached_property
     def model_id(self) -> str:
@@ -96,21 +123,14 @@ class Scorer:
         if (error := row_error(query, product)) is not None:
             return error
         if not self.info.template.render_product(product):
-            return f"the product has no text in the fields this model reads ({', '.join(self.info.template.fields)})"
+            return self._no_text()
         return None
 
     def score_pairs(self, queries: Sequence[str], products: Sequence[Mapping[str, Any]]) -> Scores:
-        """Score n pairs of a query and a product mapping with keys of `schema.FIELDS`."""
-        with self._lock:
+        """Score n pairs of a query and a product mapping with keys of `schema.FIELDS`. Uses no cache."""
+        with self._tokenizing, self._running:
             labels = self._model.label_rows(queries, products)
-        logit = logit_of_classes(labels.class_logits, self._model.gains)
-        scale = self.info.scale
-        probability = self._calibration.probability(logit, scale.relevant_index).astype(np.float32)
-        score = self._calibration.score(logit, scale.gains).astype(np.float32)
-        classes = self._calibration.grade_index(logit)
-        failed = np.isnan(logit)
-        grade = [None if bad else scale.grades[k] for bad, k in zip(failed, classes, strict=True)]
-        return Scores(logit, probability, score, grade, labels.errors)
+        return self._scores(labels.class_logits, labels.errors)
 
     def score(self, query: str, products: Sequence[str | Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Score products for one query, in their order.
@@ -126,25 +146,41 @@ class Scorer:
         Raises:
             UnscorableError: the query, or a product (named by its place, from 0), cannot be scored.
         """
+        work = self.prepare(query, products)
+        return work.finish(work.run(work.texts))
+
+    def prepare(self, query: str, products: Sequence[str | Mapping[str, Any]]) -> Work[list[dict[str, Any]]]:
+        """The first part of `score`: checks and tokenises, and leaves out what a cache knows.
+
+        Raises:
+            UnscorableError: as `score`.
+        """
         fields = [{"title": product} if isinstance(product, str) else product for product in products]
-        for place, product in enumerate(fields):
-            if (problem := self.problem(query, product)) is not None:
-                raise UnscorableError(f"product {place}: {problem}" if row_error(query, {}) is None else problem)
-        scores = self.score_pairs([query] * len(fields), fields)
-        for place, error in enumerate(scores.errors):
-            if error is not None:
+        texts = self._checked_texts(query, fields)
+        model = self._model
+        if not isinstance(model, TokenModel):
+            return Work(lambda _: self.score_pairs([query] * len(fields), fields), lambda scores: _rows(scores, None))
+        inputs = model.inputs([query] * len(texts), texts)
+        asked = self._ask(inputs.distinct)
+        errors = asked.errors
+        for place, which in enumerate(inputs.product.tolist()):
+            if (error := errors.get(which)) is not None:
                 raise UnscorableError(f"product {place}: {error}")
-        truncated = self._truncated(query, fields)
-        return [
-            {
-                "logit": float(scores.logit[place]),
-                "probability": float(scores.probability[place]),
-                "score": float(scores.score[place]),
-                "grade": scores.grade[place],
-                "truncated": truncated[place],
-            }
-            for place in range(len(fields))
-        ]
+
+        def finish(outputs: np.ndarray | None) -> list[dict[str, Any]]:
+            logits = model.finish(inputs, asked.completed(outputs))
+            for place, row in enumerate(logits):
+                if not np.isfinite(row).all():
+                    raise UnscorableError(f"product {place}: the model gave a logit that is not finite")
+            return _rows(self._scores(logits, [None] * len(logits)), asked.truncated[inputs.product])
+
+        return Work(self.run, finish, asked.texts, model.max_batch_tokens)
+
+    def run(self, texts: EncodedTexts) -> np.ndarray:
+        """The second part: outputs of token ids, float32 [m, width]."""
+        assert isinstance(self._model, TokenModel)
+        with self._running:
+            return self._model.run(texts)
 
     def embed(self, inputs: Sequence[str | Mapping[str, Any]]) -> tuple[np.ndarray, list[bool]]:
         """Vectors of a two-tower.
@@ -159,7 +195,13 @@ class Scorer:
         Raises:
             UnscorableError: the model has no vectors, or an input (named by its place, from 0) holds no text.
         """
-        if not isinstance(self._model, BiEncoderModel):
+        work = self.prepare_embed(inputs)
+        return work.finish(work.run(work.texts))
+
+    def prepare_embed(self, inputs: Sequence[str | Mapping[str, Any]]) -> Work[tuple[np.ndarray, list[bool]]]:
+        """The first part of `embed`; errors as there."""
+        model = self._model
+        if not isinstance(model, BiEncoderModel):
             raise UnscorableError(f"this model is a {self.info.kind}, which has no vectors; serve a two-tower")
         template = self.info.template
         texts = [each if isinstance(each, str) else template.render_product(each) for each in inputs]
@@ -169,18 +211,106 @@ class Scorer:
                 problem = f"there is no text in the fields this model reads ({', '.join(template.fields)})"
             if problem is not None:
                 raise UnscorableError(f"input {place}: {problem}")
-        with self._lock:
-            return self._model.encoder.embed(texts), self._model.encoder.are_cut(texts)
+        asked = self._ask(texts)
+        return Work(
+            self.run,
+            lambda outputs: (asked.completed(outputs), asked.truncated.tolist()),
+            asked.texts,
+            model.max_batch_tokens,
+        )
 
-    def _truncated(self, query: str, products: Sequence[Mapping[str, Any]]) -> Sequence[bool | None]:
-        """Tokenises once more: far cheaper than scoring, and engines need not carry what only serving tells."""
-        if isinstance(self._model, BiEncoderModel):
-            with self._lock:
-                return self._model.encoder.are_cut(list(map(self.info.template.render_product, products)))
-        if not isinstance(self._model, SequenceModel):
-            return [None] * len(products)
-        with self._lock:
-            return self._model.encoder.encode([query] * len(products), products).truncated.tolist()
+    def _checked_texts(self, query: str, products: Sequence[Mapping[str, Any]]) -> list[str]:
+        """The products as text."""
+        texts = []
+        for place, product in enumerate(products):
+            if (problem := row_error(query, product)) is None:
+                text = self.info.template.render_product(product)
+                problem = None if text else self._no_text()
+            if problem is not None:
+                raise UnscorableError(f"product {place}: {problem}" if row_error(query, {}) is None else problem)
+            texts.append(text)
+        return texts
+
+    def _ask(self, distinct: Sequence[Any]) -> _Asked:
+        """What a cache knows of a model's inputs, and tokens of the others."""
+        model, cache, count = self._model, self._outputs, len(distinct)
+        assert isinstance(model, TokenModel)
+        if cache is None:
+            with self._tokenizing:
+                texts = model.tokenize(distinct)
+            return _Asked(texts, np.zeros((count, 0)), texts.truncated, np.arange(count), None, [])
+        keys = [text_key(*each) if isinstance(each, tuple) else text_key(each) for each in distinct]
+        known, outputs, truncated = cache.get(keys)
+        new = np.flatnonzero(~known)
+        with self._tokenizing:
+            texts = model.tokenize([distinct[place] for place in new.tolist()])
+        truncated[new] = texts.truncated
+        return _Asked(texts, outputs, truncated, new, cache, [keys[place] for place in new])
+
+    def _scores(self, class_logits: np.ndarray, errors: list[str | None]) -> Scores:
+        logit = logit_of_classes(class_logits, self._model.gains)
+        scale = self.info.scale
+        probability = self._calibration.probability(logit, scale.relevant_index).astype(np.float32)
+        score = self._calibration.score(logit, scale.gains).astype(np.float32)
+        classes = self._calibration.grade_index(logit)
+        failed = np.isnan(logit)
+        grade = [None if bad else scale.grades[k] for bad, k in zip(failed, classes, strict=True)]
+        return Scores(logit, probability, score, grade, errors)
+
+    def _no_text(self) -> str:
+        return f"the product has no text in the fields this model reads ({', '.join(self.info.template.fields)})"
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Inputs of a model, some of which a cache knew.
+
+    Attributes:
+        texts: tokens of those it did not know.
+        outputs: float32 [n, width], of those it knew.
+        truncated: bool [n].
+        new: int64, the places of those it did not know.
+        cache: to be told of them, under `keys`.
+    """
+
+    texts: EncodedTexts
+    outputs: np.ndarray
+    truncated: np.ndarray
+    new: np.ndarray
+    cache: OutputCache | None
+    keys: list[bytes]
+
+    @property
+    def errors(self) -> dict[int, str]:
+        """By place, why an input cannot be read."""
+        found = zip(self.new.tolist(), self.texts.errors, strict=True)
+        return {place: error for place, error in found if error is not None}
+
+    def completed(self, outputs: np.ndarray | None) -> np.ndarray:
+        """Outputs of all n, given those of `texts`."""
+        if self.cache is None:
+            assert outputs is not None
+            return outputs
+        if outputs is not None:
+            self.outputs[self.new] = outputs
+            self.cache.put(self.keys, outputs, self.texts.truncated)
+        return self.outputs
+
+
+def _rows(scores: Scores, truncated: np.ndarray | None) -> list[dict[str, Any]]:
+    for place, error in enumerate(scores.errors):
+        if error is not None:
+            raise UnscorableError(f"product {place}: {error}")
+    cut = [None] * len(scores.grade) if truncated is None else truncated.tolist()
+    numbers: tuple[list[Any], ...] = (
+        scores.logit.tolist(),
+        scores.probability.tolist(),
+        scores.score.tolist(),
+        scores.grade,
+        cut,
+    )
+    names = ("logit", "probability", "score", "grade", "truncated")
+    return [dict(zip(names, row, strict=True)) for row in zip(*numbers, strict=True)]
 
 
 def name_of(folder: str) -> str:

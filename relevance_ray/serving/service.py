@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -13,6 +12,7 @@ from relevance_ray.serving.options import ServeOptions
 from relevance_ray.serving.queue import ScoringQueue
 from relevance_ray.serving.scorer import Scorer
 from relevance_ray.serving.shadow_log import Answered, ShadowLog
+from relevance_ray.serving.turns import Work
 
 _T = TypeVar("_T")
 
@@ -46,7 +46,7 @@ class Service:
             UnscorableError: as `Scorer.score`.
             OverloadedError: too many requests wait.
         """
-        rows, milliseconds = await self._run(len(products), lambda: self.scorer.score(query, products))
+        rows, milliseconds = await self._run(len(products), lambda: self.scorer.prepare(query, products))
         self.metrics.truncated_products.inc(sum(bool(row["truncated"]) for row in rows))
         return rows, milliseconds
 
@@ -57,18 +57,16 @@ class Service:
 
     async def embed(self, inputs: Sequence[str | Mapping[str, Any]]) -> tuple[np.ndarray, list[bool]]:
         """What `Scorer.embed` gives; errors as `score`."""
-        found, _ = await self._run(len(inputs), lambda: self.scorer.embed(inputs))
+        found, _ = await self._run(len(inputs), lambda: self.scorer.prepare_embed(inputs))
         return found
 
-    async def _run(self, num_pairs: int, work: Callable[[], _T]) -> tuple[_T, float]:
-        def timed() -> tuple[_T, float]:
-            start = time.perf_counter()
-            result = work()
-            return result, time.perf_counter() - start
-
-        result, seconds = await self._queue.run(num_pairs, timed)
+    async def _run(self, num_pairs: int, prepare: Callable[[], Work[_T]]) -> tuple[_T, float]:
+        with self._queue.admitted(num_pairs):
+            result, seconds = await self._queue.run(prepare)
         self.metrics.scored_pairs.inc(num_pairs)
         self.metrics.scoring_seconds.observe(seconds)
+        for name, cache in self.scorer.caches.items():
+            self.metrics.cached(name, cache.hits, cache.misses)
         return result, round(1000 * seconds, 3)
 
     def close(self) -> None:

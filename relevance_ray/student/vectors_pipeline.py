@@ -10,7 +10,7 @@ from relevance_ray.actor_pool import ItemActor, Workers, run_pool
 from relevance_ray.data.prepare import product_files
 from relevance_ray.progress import Progress
 from relevance_ray.storage import CommitLog, localize
-from relevance_ray.student.export import check_two_tower, open_export, parts_of, shard_name
+from relevance_ray.student.vectors import check_two_tower, open_export, parts_of, shard_name
 
 
 def export_vectors(

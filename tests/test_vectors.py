@@ -18,9 +18,9 @@ from relevance_ray.errors import UserError
 from relevance_ray.steps import Chain
 from relevance_ray.storage import CommitLog
 from relevance_ray.student.cross_encoder import build_cross_encoder
-from relevance_ray.student.export import read_vectors
-from relevance_ray.student.export_pipeline import export_vectors
 from relevance_ray.student.two_tower import build_two_tower
+from relevance_ray.student.vectors import read_vectors
+from relevance_ray.student.vectors_pipeline import export_vectors
 from relevance_ray.training.options import StudentOptions
 
 
