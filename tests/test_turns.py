@@ -182,7 +182,7 @@ def test_requests_at_once_are_each_answered_as_alone(tmp_path: Path) -> None:
     scorer = Scorer(build_tiny_student(tmp_path / "model"))
     queries = [f"red {number}" for number in range(12)]
     alone = [scorer.score(query, PRODUCTS * (1 + place % 3 * 20)) for place, query in enumerate(queries)]
-    with TestClient(create_app(scorer, ServeOptions(max_queued_requests=20))) as client:
+    with TestClient(create_app(scorer, ServeOptions(max_queued_requests=20, max_queued_pairs=10_000))) as client:
         found: list[Any] = [None] * len(queries)
 
         def ask(place: int) -> None:

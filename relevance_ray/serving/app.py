@@ -36,6 +36,7 @@ from relevance_ray.serving.http import create_app
 from relevance_ray.serving.metrics import FOLDER_VARIABLE
 from relevance_ray.serving.options import ServeOptions
 from relevance_ray.serving.scorer import Scorer, StrPath, UnscorableError, name_of, read_calibrated_info
+from relevance_ray.serving.two_stage import FirstStage, check_first_stage
 from relevance_ray.storage import localize, makedirs
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -64,9 +65,20 @@ class ScoringReplica:
             token_cache_mb=self.options.token_cache_mb,
         )
         self.scorer.model_id  # noqa: B018  read now, while the folder is what was loaded
+        self.first_stage = None
+        if folder := self.options.first_stage:
+            first = Scorer(
+                localize(folder),
+                device=device,
+                num_threads=threads,
+                name=name_of(folder),
+                score_cache_mb=self.options.score_cache_mb,
+            )
+            first.model_id  # noqa: B018
+            self.first_stage = FirstStage(first, self.options.first_stage_keep)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self.scorer, self.options)
+        return create_app(self.scorer, self.options, self.first_stage)
 
 
 def build_application(model_folder: str, options: ServeOptions, metrics_folder: str = "") -> serve.Application:
@@ -177,6 +189,8 @@ def check_options(options: ServeOptions) -> None:
     Raises:
         UserError: one of them cannot be read, or the folder of the shadow log not made.
     """
+    if options.first_stage:
+        check_first_stage(options.first_stage)
     if options.tokens_file:
         Tokens.read(options.tokens_file)
     read_examples(options.examples)

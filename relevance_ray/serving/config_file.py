@@ -47,6 +47,7 @@ def absolute_paths(options: ServeOptions) -> ServeOptions:
     """The same options with paths that mean the same wherever a process stands."""
     return replace(
         options,
+        first_stage=options.first_stage and absolute(options.first_stage),
         tokens_file=options.tokens_file and absolute(options.tokens_file),
         examples=options.examples and absolute(options.examples),
         shadow_log=options.shadow_log and absolute(options.shadow_log),

@@ -33,6 +33,7 @@ from relevance_ray.serving.rerank import add_rerank
 from relevance_ray.serving.scorer import Scorer, UnscorableError
 from relevance_ray.serving.service import Service
 from relevance_ray.serving.shadow_log import Answered
+from relevance_ray.serving.two_stage import FirstStage
 
 _PAGE_RULES = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
@@ -51,6 +52,9 @@ class Result(BaseModel):
     truncated: bool | None = Field(
         description="The product's text was longer than the model reads, and was cut; null if the model cannot tell."
     )
+    stage: int | None = Field(
+        None, description="2 for the served model, 1 where a first stage cut the product; null without stages."
+    )
 
 
 class ScoreResponse(BaseModel):
@@ -63,7 +67,7 @@ class ScoreResponse(BaseModel):
     milliseconds: float = Field(description="Time spent scoring, without HTTP and without waiting.")
 
 
-def create_app(scorer: Scorer, options: ServeOptions | None = None) -> FastAPI:
+def create_app(scorer: Scorer, options: ServeOptions | None = None, first_stage: FirstStage | None = None) -> FastAPI:
     """The application around a loaded scorer: the page at `/`, `GET /health`, `/info`, `/examples` and `/metrics`,
     `POST /score`, and the routes of `rerank.add_rerank` and `embed.add_embed`.
 
@@ -73,7 +77,7 @@ def create_app(scorer: Scorer, options: ServeOptions | None = None) -> FastAPI:
     options = options or ServeOptions()
     tokens = Tokens.read(options.tokens_file) if options.tokens_file else None
     offered = read_examples(options.examples)
-    service = Service(scorer, options)
+    service = Service(scorer, options, first_stage)
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -128,7 +132,11 @@ def create_app(scorer: Scorer, options: ServeOptions | None = None) -> FastAPI:
             "max_text_chars": MAX_TEXT_CHARS,
             "max_body_bytes": int(options.max_body_mb * 1e6),
         }
-        return {**scorer.describe(), **limits}
+        stages = {}
+        if first_stage is not None:
+            about = first_stage.scorer.describe()
+            stages = {"first_stage": {**{key: about[key] for key in ("model", "model_id")}, "keep": first_stage.keep}}
+        return {**scorer.describe(), **limits, **stages}
 
     @app.get("/examples")
     async def examples() -> list[dict[str, Any]]:

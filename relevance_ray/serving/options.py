@@ -9,13 +9,21 @@ from relevance_ray.options import STRICT, option
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """Size, limits and doors of the server; none of it changes a score. Host and port belong to the command line."""
+    """Size, limits and doors of the server; none of it but the first stage changes a score. Host and port belong to the
+    command line."""
 
     __pydantic_config__ = STRICT
 
     num_replicas: int = option(1, "Copies of the model that answer in parallel", operational=True)
     cpus_per_replica: int = option(1, "CPU cores, and torch threads, of each copy", operational=True)
     gpus_per_replica: float = option(0.0, "GPUs, or the share of one, of each copy", operational=True)
+    first_stage: str = option(
+        "",
+        "Model folder of a two-tower, local or s3://, that cuts a request's products to the best `first_stage_keep`, before "
+        "the served model scores them; empty: all are scored",
+        operational=True,
+    )
+    first_stage_keep: int = option(100, "Products that the first stage keeps", operational=True)
     max_queued_requests: int = option(
         8, "Requests that may wait for a copy; further ones are answered 429 with Retry-After", operational=True
     )
@@ -65,6 +73,8 @@ class ServeOptions:
     def __post_init__(self) -> None:
         if self.num_replicas < 1 or self.cpus_per_replica < 1 or self.gpus_per_replica < 0:
             raise ValueError("num_replicas and cpus_per_replica must be at least 1, gpus_per_replica at least 0")
+        if self.first_stage_keep < 1:
+            raise ValueError("first_stage_keep must be at least 1")
         if self.max_queued_requests < 0 or self.max_queued_pairs < 0:
             raise ValueError("max_queued_requests and max_queued_pairs must be at least 0")
         if self.score_cache_mb < 0 or self.token_cache_mb < 0:

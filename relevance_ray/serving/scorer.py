@@ -149,30 +149,36 @@ class Scorer:
         work = self.prepare(query, products)
         return work.finish(work.run(work.texts))
 
-    def prepare(self, query: str, products: Sequence[str | Mapping[str, Any]]) -> Work[list[dict[str, Any]]]:
+    def prepare(
+        self, query: str, products: Sequence[str | Mapping[str, Any]], places: Sequence[int] | None = None
+    ) -> Work[list[dict[str, Any]]]:
         """The first part of `score`: checks and tokenises, and leaves out what a cache knows.
+
+        Args:
+            places: by what number an error names each product; by default as they stand.
 
         Raises:
             UnscorableError: as `score`.
         """
         fields = [{"title": product} if isinstance(product, str) else product for product in products]
-        texts = self._checked_texts(query, fields)
+        places = range(len(fields)) if places is None else places
+        texts = self._checked_texts(query, fields, places)
         model = self._model
         if not isinstance(model, TokenModel):
             return Work(lambda _: self.score_pairs([query] * len(fields), fields), lambda scores: _rows(scores, None))
         inputs = model.inputs([query] * len(texts), texts)
         asked = self._ask(inputs.distinct)
         errors = asked.errors
-        for place, which in enumerate(inputs.product.tolist()):
+        for place, which in zip(places, inputs.product.tolist(), strict=True):
             if (error := errors.get(which)) is not None:
                 raise UnscorableError(f"product {place}: {error}")
 
         def finish(outputs: np.ndarray | None) -> list[dict[str, Any]]:
             logits = model.finish(inputs, asked.completed(outputs))
-            for place, row in enumerate(logits):
+            for place, row in zip(places, logits, strict=True):
                 if not np.isfinite(row).all():
                     raise UnscorableError(f"product {place}: the model gave a logit that is not finite")
-            return _rows(self._scores(logits, [None] * len(logits)), asked.truncated[inputs.product])
+            return _rows(self._scores(logits, [None] * len(logits)), asked.truncated[inputs.product].tolist())
 
         return Work(self.run, finish, asked.texts, model.max_batch_tokens)
 
@@ -219,10 +225,14 @@ class Scorer:
             model.max_batch_tokens,
         )
 
-    def _checked_texts(self, query: str, products: Sequence[Mapping[str, Any]]) -> list[str]:
+    def rows_of_logits(self, logit: np.ndarray, truncated: Sequence[bool | None]) -> list[dict[str, Any]]:
+        """What `score` would say of products whose logits are given, float32 [n]."""
+        return _rows(self._scores_of(logit, [None] * len(logit)), truncated)
+
+    def _checked_texts(self, query: str, products: Sequence[Mapping[str, Any]], places: Sequence[int]) -> list[str]:
         """The products as text."""
         texts = []
-        for place, product in enumerate(products):
+        for place, product in zip(places, products, strict=True):
             if (problem := row_error(query, product)) is None:
                 text = self.info.template.render_product(product)
                 problem = None if text else self._no_text()
@@ -248,7 +258,9 @@ class Scorer:
         return _Asked(texts, outputs, truncated, new, cache, [keys[place] for place in new])
 
     def _scores(self, class_logits: np.ndarray, errors: list[str | None]) -> Scores:
-        logit = logit_of_classes(class_logits, self._model.gains)
+        return self._scores_of(logit_of_classes(class_logits, self._model.gains), errors)
+
+    def _scores_of(self, logit: np.ndarray, errors: list[str | None]) -> Scores:
         scale = self.info.scale
         probability = self._calibration.probability(logit, scale.relevant_index).astype(np.float32)
         score = self._calibration.score(logit, scale.gains).astype(np.float32)
@@ -297,20 +309,14 @@ class _Asked:
         return self.outputs
 
 
-def _rows(scores: Scores, truncated: np.ndarray | None) -> list[dict[str, Any]]:
+def _rows(scores: Scores, truncated: Sequence[bool | None] | None) -> list[dict[str, Any]]:
     for place, error in enumerate(scores.errors):
         if error is not None:
             raise UnscorableError(f"product {place}: {error}")
-    cut = [None] * len(scores.grade) if truncated is None else truncated.tolist()
-    numbers: tuple[list[Any], ...] = (
-        scores.logit.tolist(),
-        scores.probability.tolist(),
-        scores.score.tolist(),
-        scores.grade,
-        cut,
-    )
+    cut = truncated or [None] * len(scores.grade)
+    numbers = (scores.logit.tolist(), scores.probability.tolist(), scores.score.tolist())
     names = ("logit", "probability", "score", "grade", "truncated")
-    return [dict(zip(names, row, strict=True)) for row in zip(*numbers, strict=True)]
+    return [dict(zip(names, row, strict=True)) for row in zip(*numbers, scores.grade, cut, strict=True)]
 
 
 def name_of(folder: str) -> str:
