@@ -162,6 +162,7 @@ def test_written_queries_become_groups_and_a_larger_run_asks_no_product_twice(
         assert group["query"].split()[-1] in ("acme", "echo")
 
 
+@pytest.mark.slow  # Ray takes its time to give CPUs back that both stages want
 def test_written_queries_are_checked_by_search_actors_where_there_are_any(tmp_path: Path, ray_cluster: None) -> None:
     pytest.importorskip("openai")
     prepared = make_prepared(tmp_path / "prepare", make_products(4), [], [HELD_OUT])
