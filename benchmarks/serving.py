@@ -8,7 +8,8 @@ where its files are at hand (RELEVANCE_RAY_TEST_DATA), else of the demo market. 
 Cold is without caches. Warm has them, after the most frequent queries were asked once; queries then come by Zipf's law
 (exponent 1) out of 10,000.
 
-    python benchmarks/serving.py [--model MODEL_DIR] [--work FOLDER] [--quick] [--without-infinity] [--set serve.KEY=VALUE]
+    python benchmarks/serving.py [--model MODEL_DIR] [--work FOLDER] [--quick] [--seconds S] [--rounds N]
+        [--without-infinity] [--set serve.KEY=VALUE]
 
 Without a model one is trained on the demo market first (a few minutes, kept in the work folder). --quick: 8 requests in
 flight, 100 products each; otherwise 1, 8 and 32 in flight with 10, 100 and 1,000 products.
@@ -371,6 +372,8 @@ def main() -> None:
     parser.add_argument("--model", help="exported model folder; by default one is trained")
     parser.add_argument("--work", default="runs/serving", help="where the model and infinity's environment are kept")
     parser.add_argument("--quick", action="store_true", help="8 in flight with 100 products")
+    parser.add_argument("--seconds", type=float, help="of a spell (30; 15 with --quick)")
+    parser.add_argument("--rounds", type=int, default=3, help="spells of each load and server")
     parser.add_argument("--without-infinity", action="store_true")
     parser.add_argument("--set", action="append", default=[], metavar="serve.KEY=VALUE", help="of our server")
     given = parser.parse_args()
@@ -381,7 +384,8 @@ def main() -> None:
     info = json.loads((model / "relevance.json").read_text())
     texts = read_texts(info["template"]["fields"], work)
     loads = [(8, 100)] if given.quick else [(c, n) for n in (10, 100, 1000) for c in (1, 8, 32) if c * n <= 8000]
-    seconds, rounds, hot = (15.0, 3, 60) if given.quick else (30.0, 3, 300)
+    rounds, hot = given.rounds, 60 if given.quick else 300
+    seconds = given.seconds or (15.0 if given.quick else 30.0)
     rows: list[dict[str, Any]] = []
     cold: dict[str, dict[str, Any]] = {}
     with contextlib.ExitStack() as stack:
