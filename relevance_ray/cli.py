@@ -251,8 +251,11 @@ def serve(
     if write_config:
         from relevance_ray.serving.config_file import write_serve_config
         from relevance_ray.serving.scorer import read_calibrated_info
+        from relevance_ray.serving.two_stage import check_first_stage
 
         read_calibrated_info(localize(given.model))
+        if given.options.first_stage:
+            check_first_stage(given.options.first_stage, given.model)
         write_serve_config(write_config, given.model, host, port, given.options)
         typer.echo(f"wrote {write_config}; start it on a cluster with: serve deploy {write_config}")
         return
@@ -268,7 +271,9 @@ def export(
     runtime: Annotated[
         str, typer.Option(help="auto measures all and takes the fastest that ranks as torch does; or its name.")
     ] = "auto",
-    threads: Annotated[int, typer.Option(min=1, help="CPU cores that a copy of the server will have.")] = 1,
+    threads: Annotated[
+        int, typer.Option(min=0, help="CPU cores that a copy of the server will have; 0: serve.cpus_per_replica.")
+    ] = 0,
     out: Annotated[
         str, typer.Option(metavar="FOLDER", help="The model folder to write; ROOT/exported by default.")
     ] = "",
@@ -280,9 +285,10 @@ def export(
     from relevance_ray.steps import Chain
 
     check_runtime(runtime)
-    chain = Chain(_load(config, set_))
+    loaded = _load(config, set_)
+    chain = Chain(loaded)
     out = out or default_out(chain)
-    name, measured = export_student(chain, out, runtime, threads)
+    name, measured = export_student(chain, out, runtime, threads or loaded.serve.cpus_per_replica)
     typer.echo(runtimes_text(measured))
     refused = next((each.refused for each in measured.figures if each.name == name and each.refused), None)
     if refused:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import http.client
+import itertools
 import json
 import threading
 import time
@@ -17,7 +18,7 @@ import pytest
 import requests
 from fastapi.testclient import TestClient
 from on_a_socket import on_a_socket
-from tiny_student import build_tiny_student
+from tiny_student import WORDS, build_tiny_student
 
 from relevance_ray.errors import UserError
 from relevance_ray.serving import guard
@@ -186,7 +187,9 @@ def test_pages_of_other_origins_ask_only_where_they_are_named(scorer: Scorer) ->
 async def ask(queue: ScoringQueue, num_pairs: int, act: Callable[[], Any]) -> Any:
     """What `act` gives, run in the place of a model."""
     with queue.admitted(num_pairs):
-        found, _ = await queue.run(lambda held=act: Work(lambda _: held(), lambda outputs: outputs))
+        found, _ = await queue.run(
+            lambda held=act: Work(lambda _: held(), lambda outputs: outputs, num_pairs=num_pairs)
+        )
     return found
 
 
@@ -252,13 +255,20 @@ def test_a_caller_that_went_away_is_not_scored() -> None:
     assert worked == ["first", "last"]
 
 
-def test_what_a_caller_sent_is_let_go_when_it_leaves() -> None:
-    class Products:
-        pass
+class Products:
+    """Something large that a caller sent."""
+
+
+@pytest.mark.parametrize("busy_with", ["the model", "tokens"])
+def test_what_a_caller_sent_is_let_go_when_it_leaves(busy_with: str) -> None:
 
     async def run() -> None:
         queue = ScoringQueue(5, 100)
-        busy = asyncio.create_task(ask(queue, 1, lambda: time.sleep(0.3)))
+        if busy_with == "the model":
+            busy = asyncio.create_task(ask(queue, 1, lambda: time.sleep(0.3)))
+        else:
+            done = Work(lambda _: None, lambda outputs: outputs)
+            busy = asyncio.create_task(queue.run(lambda: time.sleep(0.3) or done))
         await asyncio.sleep(0.05)
         products = Products()
         alive = weakref.ref(products)
@@ -294,7 +304,7 @@ def test_a_full_server_says_when_to_come_again(scorer: Scorer) -> None:
     app = create_app(scorer, ServeOptions(max_queued_requests=0))
     with TestClient(app) as client:
         answers: list[Any] = []
-        products = ["red running shoes " * 9] * 400
+        products = [" ".join([*words, *["shoes"] * 20]) for words in itertools.permutations(WORDS.split(), 3)][:900]
         bodies = {
             "/score": {"query": "red", "products": products},
             "/v2/rerank": {"query": "red", "documents": products},

@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tiny_chain import cli, values
 from tiny_student import build_tiny_student, build_tiny_two_tower
+from transformers import AlbertConfig, AlbertForSequenceClassification
 
 from relevance_ray.engines.registry import load_pair_model
 from relevance_ray.engines.runtimes import RUNTIMES, TORCH, read_runtime, write_runtime
@@ -21,8 +23,10 @@ from relevance_ray.errors import UserError
 from relevance_ray.evaluation.judged import JudgedPairs
 from relevance_ray.evaluation.runtimes import MeasuredRuntimes, RuntimeFigures, _why_refused, runtimes_text
 from relevance_ray.metrics import group_offsets
+from relevance_ray.model_folder import finish_folder, read_model_info
+from relevance_ray.serving.app import check_model
 from relevance_ray.serving.scorer import Scorer
-from relevance_ray.student.export import MAX_BYTES, check_exportable
+from relevance_ray.student.export import check_exportable, check_libraries
 
 for module in ("onnx", "onnxscript", "onnxruntime", "openvino"):
     pytest.importorskip(module)
@@ -157,6 +161,9 @@ def test_an_exported_folder_is_served_as_it_says(folder: Path, measured: Measure
     )
     for mine, its in zip(ours, torchs, strict=True):
         assert mine == pytest.approx(its, abs=1e-4)
+    (model / "float32.onnx").write_bytes(b"no graph")
+    with pytest.raises(UserError, match="onnxruntime cannot read .*float32.onnx .*export the model again"):
+        Scorer(model)
     (model / "float32.onnx").unlink()
     with pytest.raises(UserError, match="is not there; export the model again, or remove runtime.json"):
         Scorer(model)
@@ -176,8 +183,9 @@ def test_a_missing_library_is_named(
         UserError, match="onnxruntime, which is not installed; pip install 'relevance-ray\\[runtimes\\]'"
     ):
         Scorer(model)
-    with pytest.raises(UserError, match="onnxruntime is not installed"):
-        check_exportable(folder)
+    with pytest.raises(UserError, match="onnxruntime is not installed; pip install"):
+        check_libraries()
+    check_model(model, on_gpu=True)  # whose weights torch runs there
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openvino" else find(name))
     found = MeasuredRuntimes(folder, some_pairs(), some_pairs(), 1, tmp_path, [TORCH, "openvino"])
@@ -194,7 +202,29 @@ def test_what_has_no_graph_is_refused(folder: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setattr("relevance_ray.student.export.MAX_BYTES", 10)
     with pytest.raises(UserError, match="2 GB can be exported"):
         check_exportable(folder)
-    assert MAX_BYTES == 2_000_000_000
+
+
+def test_layers_that_share_their_weights_are_quantized(tmp_path: Path) -> None:
+    folder = build_tiny_student(tmp_path / "model")
+    torch.manual_seed(0)
+    config = AlbertConfig(
+        vocab_size=50,
+        embedding_size=16,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+        num_labels=1,
+        initializer_range=0.5,
+    )
+    info = read_model_info(folder)
+    (folder / "model.safetensors").unlink()
+    AlbertForSequenceClassification(config).save_pretrained(folder)
+    finish_folder(folder, info)
+    measured = MeasuredRuntimes(folder, some_pairs(), some_pairs(), 1, tmp_path, [TORCH, "openvino-int8"])
+    assert not measured.failed
+    assert measured.figures[1].tau > 0.9
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from concurrent.futures import Future
 from pathlib import Path
@@ -10,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
-from tiny_student import build_tiny_student, build_tiny_two_tower
+from tiny_student import WORDS, build_tiny_student, build_tiny_two_tower
 
 from relevance_ray.engines.encoding import EncodedTexts
 from relevance_ray.serving.cache import OutputCache, TokenCache, text_key
 from relevance_ray.serving.http import create_app
 from relevance_ray.serving.options import ServeOptions
-from relevance_ray.serving.scorer import Scorer
+from relevance_ray.serving.scorer import Scorer, UnscorableError
 from relevance_ray.serving.turns import Turns, Work
 
 PRODUCTS = [f"{color} {thing}" for color in ("red", "blue", "green") for thing in ("shoes", "running shoes", "wallet")]
@@ -93,18 +94,40 @@ def test_a_request_that_is_cancelled_between_turns_is_not_gone_on_with() -> None
     assert model.passes == [[0], [50]]
 
 
-def test_an_error_ends_the_turn_of_those_who_shared_it_and_no_other() -> None:
-    model, turns = Model(), Turns()
+def test_an_error_is_of_the_request_that_broke_the_pass_and_of_no_other() -> None:
+    class Wrong(Model):
+        def run(self, texts: EncodedTexts) -> np.ndarray:
+            if any(int(ids[0]) == 13 for ids in texts.input_ids):
+                raise ZeroDivisionError("of the model")
+            return super().run(texts)
 
-    def wrong(texts: EncodedTexts) -> np.ndarray:
-        raise ZeroDivisionError("of the model")
-
-    works = [Work(wrong, lambda outputs: outputs, texts_of([5]), 100) for _ in range(2)]
-    futures = while_busy(model, turns, [*works, model.work([10], 50)])
+    model, turns = Wrong(), Turns()
+    futures = while_busy(model, turns, [model.work([10], 1), model.work([10], 13), model.work([10], 2)])
     model.go_on.set()
-    for future in futures[1:3]:
-        assert isinstance(future.exception(timeout=10), ZeroDivisionError)
-    assert outputs_of(futures[3]) == [50]
+    assert isinstance(futures[2].exception(timeout=10), ZeroDivisionError)
+    assert [outputs_of(futures[place]) for place in (0, 1, 3)] == [[1000], [1], [2]]
+
+
+def test_the_pairs_of_all_who_share_a_pass_count_for_its_seconds() -> None:
+    told: list[tuple[float, int]] = []
+    model, turns = Model(), Turns(lambda seconds, pairs: told.append((seconds, pairs)))
+    works = [Work(model.run, lambda outputs: outputs, texts_of([10], first), 100, num_pairs=7) for first in range(3)]
+    works.append(Work(model.run, lambda outputs: outputs, texts_of([40] * 12, 20), 100, num_pairs=12))
+    futures = while_busy(model, turns, works)
+    model.go_on.set()
+    for future in futures:
+        future.result(timeout=10)
+    assert [pairs for _, pairs in told] == [1, 21, 0, 0, 12]
+
+
+def test_a_fault_that_passes_is_not_remembered(tmp_path: Path) -> None:
+    scorer = Scorer(build_tiny_student(tmp_path / "model"), score_cache_mb=1)
+    run = scorer.run
+    scorer.run = lambda texts: np.full_like(run(texts), np.nan)  # type: ignore[method-assign]
+    with pytest.raises(UnscorableError, match="product 0: the model gave a logit that is not finite"):
+        scorer.score("red", ["shoes"])
+    scorer.run = run  # type: ignore[method-assign]
+    assert np.isfinite(scorer.score("red", ["shoes"])[0]["logit"])
 
 
 def test_the_cache_is_bounded_and_forgets_what_is_not_asked_for() -> None:
@@ -179,20 +202,29 @@ def test_metrics_tell_the_hit_rate(tmp_path: Path) -> None:
 
 
 def test_requests_at_once_are_each_answered_as_alone(tmp_path: Path) -> None:
+    """Small ones and large ones, so that passes are shared and cut."""
     scorer = Scorer(build_tiny_student(tmp_path / "model"))
-    queries = [f"red {number}" for number in range(12)]
-    alone = [scorer.score(query, PRODUCTS * (1 + place % 3 * 20)) for place, query in enumerate(queries)]
+    scorer._model.max_batch_tokens = 100  # type: ignore[attr-defined]
+    words = WORDS.split()
+    products = [" ".join(each) for each in itertools.permutations(words, 2)]
+    asked = [(words[place], products[place : place + (3 if place % 3 else 200)]) for place in range(12)]
+    alone = [scorer.score(query, some) for query, some in asked]
+    passes: list[int] = []
+    run = scorer.run
+    scorer.run = lambda texts: passes.append(len(texts.input_ids)) or run(texts)  # type: ignore[method-assign]
     with TestClient(create_app(scorer, ServeOptions(max_queued_requests=20, max_queued_pairs=10_000))) as client:
-        found: list[Any] = [None] * len(queries)
+        found: list[Any] = [None] * len(asked)
 
         def ask(place: int) -> None:
-            body = {"query": queries[place], "products": PRODUCTS * (1 + place % 3 * 20)}
-            found[place] = client.post("/score", json=body).json()["results"]
+            query, some = asked[place]
+            found[place] = client.post("/score", json={"query": query, "products": some}).json()["results"]
 
-        threads = [threading.Thread(target=ask, args=(place,)) for place in range(len(queries))]
+        threads = [threading.Thread(target=ask, args=(place,)) for place in range(len(asked))]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
     for mine, its in zip(alone, found, strict=True):
         assert [row["logit"] for row in its] == pytest.approx([row["logit"] for row in mine], abs=1e-5)
+    assert sum(passes) == sum(len(some) for _, some in asked)
+    assert max(passes) < 200, "large requests are cut"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ from fastapi.testclient import TestClient
 from tiny_student import build_tiny_student, build_tiny_two_tower
 
 from relevance_ray.errors import UserError
+from relevance_ray.model_folder import read_model_info
+from relevance_ray.serving.app import check_options
 from relevance_ray.serving.http import create_app
 from relevance_ray.serving.options import ServeOptions
 from relevance_ray.serving.scorer import Scorer
@@ -68,7 +72,7 @@ def test_what_is_cut_stands_below_in_the_first_stages_order(client: TestClient, 
     )
     by_answer = sorted(cut, key=lambda place: rows[place]["logit"])
     assert [round(first[place], 5) for place in by_answer] == sorted(round(first[place], 5) for place in cut)
-    assert all(row["truncated"] is False for row in rows)
+    assert [row["truncated"] for row in rows] == [False if row["stage"] == 2 else None for row in rows]
 
 
 def test_few_products_are_all_scored(client: TestClient, scorers: tuple[Scorer, Scorer]) -> None:
@@ -97,11 +101,21 @@ def test_rerank_and_info_and_metrics_know_of_both(client: TestClient, scorers: t
     assert 'relevance_ray_cache_hits_total{cache="first_stage_scores"}' in client.get("/metrics").text
 
 
-def test_a_first_stage_must_be_a_two_tower(scorers: tuple[Scorer, Scorer]) -> None:
-    check_first_stage(scorers[1].folder)
+def test_a_first_stage_must_be_a_two_tower_that_loads(scorers: tuple[Scorer, Scorer], tmp_path: Path) -> None:
+    served, tower = scorers[0].folder, scorers[1].folder
+    check_first_stage(tower, served)
     with pytest.raises(UserError, match="is a cross_encoder; give a student of student.kind=two_tower"):
-        check_first_stage(scorers[0].folder)
+        check_first_stage(served, served)
     with pytest.raises(UserError, match="does not exist"):
-        check_first_stage(Path("/nowhere"))
+        check_first_stage(Path("/nowhere"), served)
+    info = read_model_info(served)
+    reads_more = build_tiny_student(tmp_path / "more", replace(info.template, fields=("title", "bullets")))
+    with pytest.raises(UserError, match="does not read bullets, which the served model does"):
+        check_first_stage(tower, reads_more)
+    broken = tmp_path / "broken"
+    shutil.copytree(tower, broken)
+    (broken / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="broken does not load"):
+        check_options(ServeOptions(first_stage=str(broken)), served)
     with pytest.raises(ValueError, match="first_stage_keep must be at least 1"):
         ServeOptions(first_stage_keep=0)

@@ -16,8 +16,8 @@ from relevance_ray.model_folder import staged_folder
 from relevance_ray.progress import Progress
 from relevance_ray.schema import LabelScale
 from relevance_ray.steps import Chain
-from relevance_ray.storage import exists, join, localize
-from relevance_ray.student.export import check_exportable
+from relevance_ray.storage import absolute, check_reachable, exists, join, localize
+from relevance_ray.student.export import check_exportable, check_libraries
 
 AUTO = "auto"
 MAX_PAIRS = 4000
@@ -35,7 +35,7 @@ def export_student(chain: Chain, out: str, runtime: str = AUTO, num_threads: int
 
     Args:
         chain: of the run whose student, and whose dev judgments, are taken.
-        out: the folder to write, local or s3://; empty for `exported` at the root.
+        out: the folder to write, local or s3://.
         runtime: one of `RUNTIMES`, or "auto" for the fastest that ranks as torch does.
         num_threads: CPU cores that a copy of the server will have.
 
@@ -47,6 +47,10 @@ def export_student(chain: Chain, out: str, runtime: str = AUTO, num_threads: int
             this model.
     """
     check_runtime(runtime)
+    if runtime != TORCH:
+        check_libraries()
+    out = absolute(out)
+    check_reachable(out)
     if exists(out):
         raise UserError(f"{out} is there already; name another folder, or remove it")
     student = localize(chain.student())
@@ -63,7 +67,10 @@ def export_student(chain: Chain, out: str, runtime: str = AUTO, num_threads: int
         graphs.mkdir()
         measured = MeasuredRuntimes(Path(student), judged, known, num_threads, graphs, names, progress.advance)
         if runtime in measured.failed:
-            raise UserError(f"{runtime} does not run {student} ({measured.failed[runtime]}); choose another runtime")
+            raise UserError(
+                f"{runtime} does not run {student} ({measured.failed[runtime]}); choose another runtime, or pip install "
+                "'relevance-ray[runtimes]' where a library is missing"
+            )
         name = measured.fastest().name if runtime == AUTO else runtime
         kept = None if name == TORCH else measured.graph_of(name)
         for path in graphs.iterdir():

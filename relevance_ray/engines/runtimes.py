@@ -8,7 +8,6 @@ still there.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +34,7 @@ class Runtime:
     Attributes:
         name: as `--runtime` has it.
         library: Python module that runs it.
-        graph: which of the exported graphs it runs (`student.vectors.GRAPHS`).
+        graph: which of the exported graphs it runs (`student.export.GRAPHS`).
         meaning: one phrase.
     """
 
@@ -141,11 +140,21 @@ def open_graph(name: str, path: Path, num_threads: int | None = None) -> Forward
         if runtime.library == "onnxruntime":
             return OnnxForward(path, num_threads)
         return OpenVinoForward(path, num_threads, quantized=runtime.graph == "weights")
-    except ModuleNotFoundError as error:
+    except Exception as error:
+        if not isinstance(error, ModuleNotFoundError):
+            raise UserError(
+                f"{runtime.library} cannot read {path} ({first_line(error)}); export the model again, or remove "
+                f"{RUNTIME_FILE} to run it in torch"
+            ) from error
         raise UserError(
             f"{path.parent} runs through {runtime.library}, which is not installed; "
             f"pip install 'relevance-ray[runtimes]', or remove {RUNTIME_FILE} to run it in torch"
         ) from error
+
+
+def first_line(error: Exception) -> str:
+    """What an exception of a library says, in a line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 class OnnxForward:
@@ -173,13 +182,13 @@ class OpenVinoForward:
     """
 
     def __init__(self, path: Path, num_threads: int, *, quantized: bool) -> None:
-        os.environ.setdefault("DO_NOT_TRACK", "1")
         import openvino
 
         core = openvino.Core()
         settings: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": num_threads,
+            "ENABLE_CPU_PINNING": False,  # it begins at the first core in each process, and copies would share that
             "INFERENCE_PRECISION_HINT": "f32",  # where the CPU has bf16, a score would depend on the machine
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": ACTIVATION_GROUP if quantized else 0,
         }

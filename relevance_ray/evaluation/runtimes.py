@@ -21,7 +21,7 @@ from relevance_ray.calibration import logit_of_classes
 from relevance_ray.engines.encoding import EncodedTexts, token_batches
 from relevance_ray.engines.forward import Forward
 from relevance_ray.engines.registry import load_pair_model
-from relevance_ray.engines.runtimes import RUNTIMES, TORCH, open_graph
+from relevance_ray.engines.runtimes import RUNTIMES, TORCH, first_line, open_graph
 from relevance_ray.engines.token_model import PairInputs, TokenModel
 from relevance_ray.evaluation.judged import JudgedPairs
 from relevance_ray.evaluation.significance import MIN_QUERIES, percentile_interval, resample_counts
@@ -45,7 +45,7 @@ class RuntimeFigures:
 
     Attributes:
         name: of `RUNTIMES`.
-        pairs_per_second: median of rounds that alternate between all runtimes; tokenising left out.
+        pairs_per_second: (of a two-tower: texts) median of rounds that alternate between all runtimes; without tokenising.
         ndcg: mean over the judged queries.
         ndcg_loss, low, high: torch's nDCG minus its own, with a 95% paired bootstrap interval (NaN for few queries).
         tau: mean over queries of Kendall's tau-b between its order and torch's.
@@ -103,17 +103,22 @@ class MeasuredRuntimes:
         self._pairs = self._tokenised(judged)
         self._sample = self._some_texts(self._pairs[1], TIMED_PAIRS)
         forwards: dict[str, Forward] = {TORCH: model.forward}
+        on_progress()
         calibration = self._batches(self._some_texts(self._tokenised(known)[1], CALIBRATION_PAIRS))
+        source = self.graphs / "float32.onnx"
+        if set(names) - {TORCH}:
+            export_float32(folder, source)
         for name in (each for each in names if each != TORCH):
             if importlib.util.find_spec(RUNTIMES[name].library) is None:
                 self.failed[name] = f"{RUNTIMES[name].library} is not installed"
+                on_progress()
                 continue
             try:
                 forwards[name] = open_graph(name, self._graph(RUNTIMES[name].graph, calibration), num_threads)
                 forwards[name](self._sample.pad([0]))
             except Exception as error:  # noqa: BLE001 - a library's own, of a model it cannot run; it is told
                 forwards.pop(name, None)
-                self.failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+                self.failed[name] = first_line(error)
             on_progress()
         rates = self._rates(forwards)
         logits = {name: self._logits(forward) for name, forward in forwards.items()}
@@ -129,8 +134,6 @@ class MeasuredRuntimes:
 
     def _graph(self, graph: str, calibration: Sequence[dict[str, np.ndarray]]) -> Path:
         out, source = self.graphs / f"{graph}.onnx", self.graphs / "float32.onnx"
-        if not source.exists():
-            export_float32(self.folder, source)
         if not out.exists():
             with tempfile.TemporaryDirectory(dir=self.graphs) as scratch:
                 GRAPHS[graph](source, Path(scratch) / out.name, calibration)

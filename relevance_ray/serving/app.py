@@ -27,6 +27,7 @@ from typing import Any
 from fastapi import FastAPI
 from ray import serve
 
+from relevance_ray.engines.runtimes import RUNTIME_FILE
 from relevance_ray.errors import UserError, what_to_mend
 from relevance_ray.ray_session import in_local_session, ray_session
 from relevance_ray.serving.config_file import APPLICATION, absolute_paths
@@ -148,8 +149,8 @@ class Server:
                 no room for a second copy; the old one goes on.
         """
         folder = Path(model_folder).resolve()  # once: a link may be moved meanwhile
-        check_options(self._options)
-        check_model(folder)
+        check_options(self._options, folder)
+        check_model(folder, self._options.gpus_per_replica > 0)
         _check_room(self._options)
         before, self.model_folder = self.model_folder, folder
         try:
@@ -183,14 +184,15 @@ def _check_room(options: ServeOptions) -> None:
             )
 
 
-def check_options(options: ServeOptions) -> None:
-    """Read the files among the options here, as the replicas will.
+def check_options(options: ServeOptions, model_folder: StrPath) -> None:
+    """Read the files among the options here, as the replicas of this model will.
 
     Raises:
         UserError: one of them cannot be read, or the folder of the shadow log not made.
     """
     if options.first_stage:
-        check_first_stage(options.first_stage)
+        check_first_stage(options.first_stage, model_folder)
+        check_model(localize(options.first_stage), options.gpus_per_replica > 0)
     if options.tokens_file:
         Tokens.read(options.tokens_file)
     read_examples(options.examples)
@@ -203,15 +205,19 @@ def check_options(options: ServeOptions) -> None:
             ) from error
 
 
-def check_model(model_folder: StrPath) -> None:
+def check_model(model_folder: StrPath, on_gpu: bool = False) -> None:
     """Load a model folder here and score a pair, so that one that cannot is named before any replica tries it.
+
+    Args:
+        on_gpu: the replicas will run its weights, also where it was exported for another runtime.
 
     Raises:
         UserError: it is no finished model, or its files cannot be read.
     """
     read_calibrated_info(Path(model_folder))
     try:
-        Scorer(model_folder, device="cpu").score("query", [dict.fromkeys(_TEXT_FIELDS, "product")])
+        with _weights_alone(Path(model_folder)) if on_gpu else contextlib.nullcontext(model_folder) as folder:
+            Scorer(folder, device="cpu").score("query", [dict.fromkeys(_TEXT_FIELDS, "product")])
     except UnscorableError:
         pass  # it loads, and reads none of these fields
     except UserError:
@@ -221,6 +227,16 @@ def check_model(model_folder: StrPath) -> None:
         raise UserError(
             f"{model_folder} does not load ({reason}); give a folder that train-student finished"
         ) from error
+
+
+@contextlib.contextmanager
+def _weights_alone(model_folder: Path) -> Iterator[Path]:
+    """The folder as torch runs it."""
+    with tempfile.TemporaryDirectory() as scratch:
+        for path in model_folder.resolve().iterdir():
+            if path.name != RUNTIME_FILE:
+                os.symlink(path, Path(scratch) / path.name)
+        yield Path(scratch)
 
 
 @contextlib.contextmanager
@@ -236,9 +252,9 @@ def running_server(
     options = absolute_paths(options or ServeOptions())
     model_folder = Path(model_folder).resolve()
     read_calibrated_info(model_folder)
-    check_options(options)
+    check_options(options, model_folder)
     port = _free_port(host, port)
-    check_model(model_folder)
+    check_model(model_folder, options.gpus_per_replica > 0)
     with contextlib.ExitStack() as cleanup:  # undone from the last line up
         metrics_folder = tempfile.mkdtemp(prefix="relevance_ray-metrics-")
         cleanup.callback(shutil.rmtree, metrics_folder, ignore_errors=True)

@@ -50,7 +50,8 @@ class Result(BaseModel):
     score: float = Field(description="Expected gain, 0 to 1.")
     grade: str = Field(description="The most probable grade of the model's label scale.")
     truncated: bool | None = Field(
-        description="The product's text was longer than the model reads, and was cut; null if the model cannot tell."
+        description="The product's text was longer than the model reads, and was cut; null if the model cannot tell, or did "
+        "not read it."
     )
     stage: int | None = Field(
         None, description="2 for the served model, 1 where a first stage cut the product; null without stages."

@@ -32,7 +32,7 @@ class ServingMetrics:
         requests: by route and status.
         seconds: from the request's first byte to the answer's last, by route.
         scored_pairs, truncated_products: by what they say.
-        scoring_seconds: in the model, by request.
+        scoring_seconds: in the model, by request; of requests that share a pass, the whole pass for each.
         queued: requests waiting for the model or in it.
         cache_hits, cache_misses: inputs that a cache knew and did not know, by cache.
         logged, unlogged: requests that the shadow log wrote, and that it could not.

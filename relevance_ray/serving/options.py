@@ -35,7 +35,8 @@ class ServeOptions:
     )
     score_cache_mb: float = option(
         64.0,
-        "Megabytes of each copy for scores it gave before (of a two-tower: for vectors of texts); 0: none are kept",
+        "Megabytes of each copy for scores it gave before (of a two-tower: for vectors of texts; a first stage takes as "
+        "many again); 0: none",
         operational=True,
     )
     token_cache_mb: float = option(

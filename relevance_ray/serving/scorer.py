@@ -23,7 +23,7 @@ from relevance_ray.engines.base import row_error
 from relevance_ray.engines.bi_encoder import BiEncoderModel
 from relevance_ray.engines.encoding import EncodedTexts
 from relevance_ray.engines.registry import load_pair_model
-from relevance_ray.engines.token_model import TokenModel
+from relevance_ray.engines.token_model import TokenModel, distinct_places
 from relevance_ray.errors import UserError
 from relevance_ray.model_folder import ModelInfo, read_model_info
 from relevance_ray.serving.cache import OutputCache, TokenCache, text_key
@@ -127,7 +127,7 @@ class Scorer:
         return None
 
     def score_pairs(self, queries: Sequence[str], products: Sequence[Mapping[str, Any]]) -> Scores:
-        """Score n pairs of a query and a product mapping with keys of `schema.FIELDS`. Uses no cache."""
+        """Score n pairs of a query and a product mapping with keys of `schema.FIELDS`. Uses no score of before."""
         with self._tokenizing, self._running:
             labels = self._model.label_rows(queries, products)
         return self._scores(labels.class_logits, labels.errors)
@@ -165,7 +165,11 @@ class Scorer:
         texts = self._checked_texts(query, fields, places)
         model = self._model
         if not isinstance(model, TokenModel):
-            return Work(lambda _: self.score_pairs([query] * len(fields), fields), lambda scores: _rows(scores, None))
+            return Work(
+                lambda _: self.score_pairs([query] * len(fields), fields),
+                lambda scores: _rows(scores, None, places),
+                num_pairs=len(fields),
+            )
         inputs = model.inputs([query] * len(texts), texts)
         asked = self._ask(inputs.distinct)
         errors = asked.errors
@@ -175,12 +179,12 @@ class Scorer:
 
         def finish(outputs: np.ndarray | None) -> list[dict[str, Any]]:
             logits = model.finish(inputs, asked.completed(outputs))
-            for place, row in zip(places, logits, strict=True):
-                if not np.isfinite(row).all():
-                    raise UnscorableError(f"product {place}: the model gave a logit that is not finite")
-            return _rows(self._scores(logits, [None] * len(logits)), asked.truncated[inputs.product].tolist())
+            wrong = np.flatnonzero(~np.isfinite(logits).all(axis=1))
+            if len(wrong):
+                raise UnscorableError(f"product {places[wrong[0]]}: the model gave a logit that is not finite")
+            return _rows(self._scores(logits, [None] * len(logits)), asked.truncated[inputs.product].tolist(), places)
 
-        return Work(self.run, finish, asked.texts, model.max_batch_tokens)
+        return Work(self.run, finish, asked.texts, model.max_batch_tokens, len(fields))
 
     def run(self, texts: EncodedTexts) -> np.ndarray:
         """The second part: outputs of token ids, float32 [m, width]."""
@@ -217,12 +221,14 @@ class Scorer:
                 problem = f"there is no text in the fields this model reads ({', '.join(template.fields)})"
             if problem is not None:
                 raise UnscorableError(f"input {place}: {problem}")
-        asked = self._ask(texts)
+        distinct, which = distinct_places(texts)
+        asked = self._ask(distinct)
         return Work(
             self.run,
-            lambda outputs: (asked.completed(outputs), asked.truncated.tolist()),
+            lambda outputs: (asked.completed(outputs)[which], asked.truncated[which].tolist()),
             asked.texts,
             model.max_batch_tokens,
+            len(texts),
         )
 
     def rows_of_logits(self, logit: np.ndarray, truncated: Sequence[bool | None]) -> list[dict[str, Any]]:
@@ -305,12 +311,15 @@ class _Asked:
             return outputs
         if outputs is not None:
             self.outputs[self.new] = outputs
-            self.cache.put(self.keys, outputs, self.texts.truncated)
+            sound = np.flatnonzero(np.isfinite(outputs).all(axis=1))  # a fault that passes is not remembered
+            self.cache.put([self.keys[row] for row in sound], outputs[sound], self.texts.truncated[sound])
         return self.outputs
 
 
-def _rows(scores: Scores, truncated: Sequence[bool | None] | None) -> list[dict[str, Any]]:
-    for place, error in enumerate(scores.errors):
+def _rows(
+    scores: Scores, truncated: Sequence[bool | None] | None, places: Sequence[int] | None = None
+) -> list[dict[str, Any]]:
+    for place, error in zip(places or range(len(scores.errors)), scores.errors, strict=True):
         if error is not None:
             raise UnscorableError(f"product {place}: {error}")
     cut = truncated or [None] * len(scores.grade)

@@ -42,6 +42,7 @@ SHADOW = pa.schema(
                         pa.field("score", pa.float32()),
                         pa.field("grade", pa.string()),
                         pa.field("truncated", pa.bool_()),
+                        pa.field("stage", pa.int8()),
                     ]
                 )
             ),
@@ -49,7 +50,8 @@ SHADOW = pa.schema(
         pa.field("milliseconds", pa.float32()),
     ]
 )
-"""A row a request; query and titles are null unless texts were asked for."""
+"""A row a request; query and titles are null unless texts were asked for. `stage` is 1 where a first stage cut a product and
+its score is no score of the served model, 2 where not, null without stages."""
 _ANSWER = ("logit", "probability", "score", "grade", "truncated")
 _log = logging.getLogger(__name__)
 
@@ -61,7 +63,7 @@ class Answered(NamedTuple):
         route: that was asked.
         query: as typed.
         products: n texts, or mappings of fields.
-        rows: what `Scorer.score` said of each.
+        rows: what `Service.score` said of each.
         milliseconds: that scoring took.
     """
 
@@ -157,6 +159,7 @@ class ShadowLog:
                 "product_id": given.get("product_id"),
                 "title": given.get("title") if self.with_text else None,
                 **{name: row[name] for name in _ANSWER},
+                "stage": row.get("stage"),
             }
             for given, row in zip(fields, answered.rows, strict=True)
         ]

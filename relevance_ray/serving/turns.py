@@ -11,7 +11,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -32,12 +32,14 @@ class Work(Generic[_T]):
         finish: what the request is answered, from these outputs.
         texts: what the model reads; None for a model that is asked as a whole: `run(None)`.
         pass_tokens: about as many make a full forward pass.
+        num_pairs: that it answers.
     """
 
     run: Callable[[Any], Any]
     finish: Callable[[Any], _T]
     texts: EncodedTexts | None = None
     pass_tokens: int = 0
+    num_pairs: int = 1
 
 
 @dataclass(eq=False)
@@ -72,16 +74,20 @@ class _Waiting:
         self.work = self.outputs = None
 
 
+_Part = tuple[_Waiting, Work[Any], np.ndarray]
+"""Whose turn it is, its work, and the rows of it that are run now."""
+
+
 class Turns:
     """Runs works. A turn of one work takes at most `TURN_PASSES` passes' tokens; works that share a turn fill one pass.
 
     Args:
-        on_busy: told of the seconds of each turn, in the model's thread.
+        on_busy: told of the seconds of each turn, and of the pairs of works that it ended, in the model's thread.
     """
 
     TURN_PASSES = 2
 
-    def __init__(self, on_busy: Callable[[float], object] = lambda seconds: None) -> None:
+    def __init__(self, on_busy: Callable[[float, int], object] = lambda seconds, pairs: None) -> None:
         self._on_busy = on_busy
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
         self._lock = threading.Lock()
@@ -105,32 +111,41 @@ class Turns:
         works = [(waiting, waiting.work, rows) for waiting, rows in taken if waiting.work is not None]
         if not works:
             return
-        start = time.perf_counter()
         try:
-            first = works[0][1]
-            if first.texts is None:
-                outputs = first.run(None)
-            else:
-                texts = [work.texts.take(rows) for _, work, rows in works if work.texts is not None]
-                outputs = first.run(join_texts(texts))
+            self._run(works)
         except BaseException as error:  # noqa: BLE001 - it is its caller's
-            for waiting, _, _ in works:
+            if len(works) == 1:
                 with contextlib.suppress(InvalidStateError):
-                    waiting.future.set_exception(error)
-            return
+                    works[0][0].future.set_exception(error)
+            # It is of one of them; the others are none the worse for having shared its turn.
+            for each in works if len(works) > 1 else ():
+                try:
+                    self._run([each])
+                except BaseException as own:  # noqa: BLE001
+                    with contextlib.suppress(InvalidStateError):
+                        each[0].future.set_exception(own)
+
+    def _run(self, works: Sequence[_Part]) -> None:
+        start = time.perf_counter()
+        first = works[0][1]
+        if first.texts is None:
+            outputs = first.run(None)
+        else:
+            outputs = first.run(
+                join_texts([work.texts.take(rows) for _, work, rows in works if work.texts is not None])
+            )
         seconds = time.perf_counter() - start
-        self._on_busy(seconds)
+        self._on_busy(seconds, sum(work.num_pairs for waiting, work, _ in works if not len(waiting.rows)))
         place = 0
         for waiting, work, rows in works:
             waiting.seconds += seconds
-            if work.texts is None:
-                done = outputs
-            else:
+            done = outputs
+            if work.texts is not None:
                 part = outputs[place : place + len(rows)]
                 place += len(rows)
-                if waiting.outputs is None:
-                    waiting.outputs = np.empty((len(work.texts.input_ids), part.shape[1]), dtype=part.dtype)
-                done = waiting.outputs
+                done = waiting.outputs  # which goes when its caller does, at any moment
+                if done is None:
+                    done = waiting.outputs = np.empty((len(work.texts.input_ids), part.shape[1]), dtype=part.dtype)
                 done[rows] = part
                 if len(waiting.rows):
                     with self._lock:

@@ -32,10 +32,17 @@ class FirstStage:
         return sorted(order[: self.keep].tolist())
 
 
-def check_first_stage(folder: StrPath) -> None:
-    """Raise `UserError` for a folder that holds no finished two-tower."""
-    if (kind := read_calibrated_info(localize(str(folder))).kind) != "bi_encoder":
-        raise UserError(f"serve.first_stage {folder} is a {kind}; give a student of student.kind=two_tower")
+def check_first_stage(folder: StrPath, served: StrPath) -> None:
+    """Raise `UserError` for a folder that holds no finished two-tower, or one that cannot read all that the served model
+    can."""
+    first, second = (read_calibrated_info(localize(str(each))) for each in (folder, served))
+    if first.kind != "bi_encoder":
+        raise UserError(f"serve.first_stage {folder} is a {first.kind}; give a student of student.kind=two_tower")
+    if unread := [name for name in second.template.fields if name not in first.template.fields]:
+        raise UserError(
+            f"serve.first_stage {folder} does not read {', '.join(unread)}, which the served model does, so it could not "
+            "judge products that have nothing else; train both with the same student.fields"
+        )
 
 
 def join_stages(first: Rows, kept: Sequence[int], second: Rows, scorer: Scorer) -> list[dict[str, Any]]:
@@ -56,7 +63,7 @@ def join_stages(first: Rows, kept: Sequence[int], second: Rows, scorer: Scorer) 
     if len(cut):
         # Where it needs lowering, by a trifle more than to the same.
         logits -= max(0.0, float(logits.max()) - lowest + 1e-4 * max(1.0, abs(lowest)))
-    below = scorer.rows_of_logits(logits.astype(np.float32), [first[place]["truncated"] for place in cut])
+    below = scorer.rows_of_logits(logits.astype(np.float32), [None] * len(cut))  # the served model never read them
     found = dict(zip(kept, [{**row, "stage": 2} for row in second], strict=True))
     found |= dict(zip(cut, [{**row, "stage": 1} for row in below], strict=True))
     return [found[place] for place in range(len(first))]

@@ -28,19 +28,23 @@ MAX_BYTES = 2_000_000_000
 _EXPORTED = ("cross_encoder", "classifier", "bi_encoder")
 
 
-def check_exportable(folder: str | Path) -> None:
-    """Raise `UserError` for a model that has no graph, or where the libraries that make one are not installed."""
-    if (kind := read_model_info(folder).kind) not in _EXPORTED:
-        raise UserError(f"{folder} is a {kind}, which only runs as it is; export a student")
-    size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
-    if size > MAX_BYTES:
-        raise UserError(f"{folder} has {size / 1e9:.1f} GB of weights, and 2 GB can be exported; export a student")
+def check_libraries() -> None:
+    """Raise `UserError` where the libraries that make graphs are not installed."""
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed; pip install 'relevance-ray[runtimes]'") from error
+
+
+def check_exportable(folder: str | Path) -> None:
+    """Raise `UserError` for a model that has no graph."""
+    if (kind := read_model_info(folder).kind) not in _EXPORTED:
+        raise UserError(f"{folder} is a {kind}, which only runs as it is; export a student")
+    size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+    if size > MAX_BYTES:
+        raise UserError(f"{folder} has {size / 1e9:.1f} GB of weights, and 2 GB can be exported; export a student")
 
 
 def export_float32(folder: str | Path, out: Path) -> None:
@@ -96,10 +100,12 @@ def quantize_weights(source: Path, out: Path, _batches: Sequence[Batch]) -> None
     model = onnx.load(str(source))
     graph = model.graph
     weights = {each.name: each for each in graph.initializer}
-    nodes = []
+    nodes, done = [], set()
     for node in graph.node:
         name = node.input[1] if node.op_type == "MatMul" else ""
-        if name in weights and len(weights[name].dims) == 2:
+        if name in done:  # layers that share their weights
+            node.input[1] = f"{name}.float"
+        elif name in weights and len(weights[name].dims) == 2:
             weight = numpy_helper.to_array(weights.pop(name))
             scale = np.maximum(np.abs(weight).max(axis=0) / 127, np.finfo(np.float32).tiny).astype(np.float32)
             values = np.clip(np.rint(weight / scale), -127, 127).astype(np.int8)
@@ -109,6 +115,7 @@ def quantize_weights(source: Path, out: Path, _batches: Sequence[Batch]) -> None
             inputs = [f"{name}.{part}" for part in parts]
             nodes.append(helper.make_node("DequantizeLinear", inputs, [f"{name}.float"], axis=1))
             node.input[1] = f"{name}.float"
+            done.add(name)
         nodes.append(node)
     assert len(nodes) > len(graph.node), "no linear layer was found"
     del graph.node[:]
