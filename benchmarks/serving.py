@@ -25,6 +25,7 @@ import json
 import os
 import platform
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -378,6 +379,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="serve.KEY=VALUE", help="of our server")
     given = parser.parse_args()
     quiet_libraries()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: the servers are stopped
     work = Path(given.work).absolute()
     work.mkdir(parents=True, exist_ok=True)
     model = Path(given.model).absolute() if given.model else trained_model(work)
