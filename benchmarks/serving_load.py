@@ -204,7 +204,7 @@ def overload(model: Path, seconds: float, num_products: int) -> dict[str, Any]:
     requests = make_requests(num_products)
     scorer = Scorer(model, device="cpu", num_threads=1)
     expected = {scorer.model_id: logits_of(scorer, requests)}
-    with running_server(model, port=0, options=ServeOptions()) as server:
+    with running_server(model, port=0, options=ServeOptions(score_cache_mb=0, token_cache_mb=0)) as server:
         callers = Callers(server.url, requests, expected)
         callers.closed(2, 5)  # warm
         capacity, alone = callers.closed(4, max(10.0, seconds / 20))
