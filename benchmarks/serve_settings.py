@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from serving import CORES, Spell, ask, ours, read_texts, row_of, show, uniform
+from servers import CORES, Spell, ask, ours
+from serving import read_texts, row_of, show, uniform
 
 VARIANTS: dict[str, tuple[list[str], dict[str, str]]] = {
     f"1 copy, {CORES} threads": ([], {}),

@@ -24,7 +24,8 @@ from typing import Any
 import httpx
 import numpy as np
 import requests
-from serving import Texts, free_port, read_texts, running
+from servers import free_port, running
+from serving import Texts, read_texts
 
 from relevance_ray.engines.token_model import TokenModel
 from relevance_ray.quiet import quiet_libraries
