@@ -20,6 +20,7 @@ from transformers import AlbertConfig, AlbertForSequenceClassification
 from relevance_ray.engines.registry import load_pair_model
 from relevance_ray.engines.runtimes import RUNTIMES, TORCH, read_runtime, write_runtime
 from relevance_ray.errors import UserError
+from relevance_ray.evaluation import runtimes
 from relevance_ray.evaluation.judged import JudgedPairs
 from relevance_ray.evaluation.runtimes import MeasuredRuntimes, RuntimeFigures, _why_refused, runtimes_text
 from relevance_ray.metrics import group_offsets
@@ -202,6 +203,26 @@ def test_what_has_no_graph_is_refused(folder: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setattr("relevance_ray.student.export.MAX_BYTES", 10)
     with pytest.raises(UserError, match="2 GB can be exported"):
         check_exportable(folder)
+
+
+def test_a_model_that_torch_cannot_turn_into_a_graph_is_measured_in_torch_alone(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_folder: Path, _out: Path) -> None:
+        raise RuntimeError("unsupported\noperator")
+
+    monkeypatch.setattr(runtimes, "export_float32", fails)
+    found = MeasuredRuntimes(folder, some_pairs(), some_pairs(), 1, tmp_path)
+    assert [each.name for each in found.figures] == [TORCH]
+    assert found.fastest().name == TORCH
+    assert set(found.failed) == set(RUNTIMES) - {TORCH}
+    assert set(found.failed.values()) == {"no graph can be made of it: unsupported operator"}
+
+
+def test_products_without_text_are_refused(folder: Path, tmp_path: Path) -> None:
+    pairs = replace(some_pairs(), products=[{"title": ""}] * some_pairs().num_pairs)
+    with pytest.raises(UserError, match="finds no text in any judged product"):
+        MeasuredRuntimes(folder, pairs, pairs, 1, tmp_path)
 
 
 def test_layers_that_share_their_weights_are_quantized(tmp_path: Path) -> None:

@@ -35,36 +35,24 @@ class Runtime:
         name: as `--runtime` has it.
         library: Python module that runs it.
         graph: which of the exported graphs it runs (`student.export.GRAPHS`).
-        meaning: one phrase.
     """
 
     name: str
     library: str
     graph: str
-    meaning: str
 
 
 RUNTIMES = {
     each.name: each
     for each in (
-        Runtime(TORCH, "torch", "", "PyTorch, float32"),
-        Runtime("onnx", "onnxruntime", "float32", "ONNX Runtime, float32"),
-        Runtime("onnx-int8-dynamic", "onnxruntime", "dynamic", "ONNX Runtime, int8, activations scaled by the batch"),
-        Runtime(
-            "onnx-int8-dynamic-channel",
-            "onnxruntime",
-            "dynamic_channel",
-            "the same, weights scaled by output channel",
-        ),
-        Runtime("onnx-int8-static", "onnxruntime", "static", "ONNX Runtime, int8, activations scaled once on dev"),
-        Runtime("openvino", "openvino", "float32", "OpenVINO, float32"),
-        Runtime(
-            "openvino-int8",
-            "openvino",
-            "weights",
-            "OpenVINO, int8 weights by output channel, activations scaled row by row",
-        ),
-        Runtime("openvino-int8-static", "openvino", "static", "OpenVINO, int8, activations scaled once on dev"),
+        Runtime(TORCH, "torch", ""),
+        Runtime("onnx", "onnxruntime", "float32"),
+        Runtime("onnx-int8-dynamic", "onnxruntime", "dynamic"),
+        Runtime("onnx-int8-dynamic-channel", "onnxruntime", "dynamic_channel"),
+        Runtime("onnx-int8-static", "onnxruntime", "static"),
+        Runtime("openvino", "openvino", "float32"),
+        Runtime("openvino-int8", "openvino", "weights"),
+        Runtime("openvino-int8-static", "openvino", "static"),
     )
 }
 
@@ -140,15 +128,15 @@ def open_graph(name: str, path: Path, num_threads: int | None = None) -> Forward
         if runtime.library == "onnxruntime":
             return OnnxForward(path, num_threads)
         return OpenVinoForward(path, num_threads, quantized=runtime.graph == "weights")
-    except Exception as error:
-        if not isinstance(error, ModuleNotFoundError):
-            raise UserError(
-                f"{runtime.library} cannot read {path} ({first_line(error)}); export the model again, or remove "
-                f"{RUNTIME_FILE} to run it in torch"
-            ) from error
+    except ModuleNotFoundError as error:
         raise UserError(
             f"{path.parent} runs through {runtime.library}, which is not installed; "
             f"pip install 'relevance-ray[runtimes]', or remove {RUNTIME_FILE} to run it in torch"
+        ) from error
+    except Exception as error:
+        raise UserError(
+            f"{runtime.library} cannot read {path} ({first_line(error)}); export the model again, or remove "
+            f"{RUNTIME_FILE} to run it in torch"
         ) from error
 
 

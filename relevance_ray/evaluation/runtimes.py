@@ -23,6 +23,7 @@ from relevance_ray.engines.forward import Forward
 from relevance_ray.engines.registry import load_pair_model
 from relevance_ray.engines.runtimes import RUNTIMES, TORCH, first_line, open_graph
 from relevance_ray.engines.token_model import PairInputs, TokenModel
+from relevance_ray.errors import UserError
 from relevance_ray.evaluation.judged import JudgedPairs
 from relevance_ray.evaluation.significance import MIN_QUERIES, percentile_interval, resample_counts
 from relevance_ray.metrics import Ranking, ndcg
@@ -34,6 +35,7 @@ MAX_NEIGHBOURS = 0.05
 """By how much a logit may change with the products scored beside it, in standard deviations of the logits."""
 TIMED_PAIRS, CALIBRATION_PAIRS, COMPANY = 400, 200, 64
 ROUNDS = 5
+_FLOAT32 = "float32.onnx"
 _RESAMPLES = 1000
 _DIGITS = 4
 """Of a logit, where orders are compared: products with the same text tie, whatever the last bits say."""
@@ -84,6 +86,9 @@ class MeasuredRuntimes:
     Attributes:
         figures: of each, torch first.
         failed: runtimes that could not be made or run, and why.
+
+    Raises:
+        UserError: the model can read none of the products.
     """
 
     def __init__(
@@ -101,27 +106,27 @@ class MeasuredRuntimes:
         assert isinstance(model, TokenModel)
         self._model, self._judged = model, judged
         self._pairs = self._tokenised(judged)
+        logits = {TORCH: self._logits(model.forward)}
+        if np.isneginf(logits[TORCH]).all():
+            raise UserError(f"{folder} finds no text in any judged product; nothing can be measured")
         self._sample = self._some_texts(self._pairs[1], TIMED_PAIRS)
         forwards: dict[str, Forward] = {TORCH: model.forward}
         on_progress()
         calibration = self._batches(self._some_texts(self._tokenised(known)[1], CALIBRATION_PAIRS))
-        source = self.graphs / "float32.onnx"
-        if set(names) - {TORCH}:
-            export_float32(folder, source)
-        for name in (each for each in names if each != TORCH):
-            if importlib.util.find_spec(RUNTIMES[name].library) is None:
-                self.failed[name] = f"{RUNTIMES[name].library} is not installed"
-                on_progress()
-                continue
+        others = [each for each in names if each != TORCH]
+        try:
+            if others:
+                export_float32(folder, self.graphs / _FLOAT32)
+        except Exception as error:  # noqa: BLE001 - torch's own, of a model that it cannot turn into a graph; it is told
+            self.failed, others = dict.fromkeys(others, f"no graph can be made of it: {first_line(error)}"), []
+        for name in others:
             try:
-                forwards[name] = open_graph(name, self._graph(RUNTIMES[name].graph, calibration), num_threads)
-                forwards[name](self._sample.pad([0]))
+                forwards[name] = self._opened(name, calibration, num_threads)
             except Exception as error:  # noqa: BLE001 - a library's own, of a model it cannot run; it is told
-                forwards.pop(name, None)
                 self.failed[name] = first_line(error)
             on_progress()
         rates = self._rates(forwards)
-        logits = {name: self._logits(forward) for name, forward in forwards.items()}
+        logits |= {name: self._logits(forward) for name, forward in forwards.items() if name != TORCH}
         self.figures = [self._figures(name, rates[name], logits, forwards[name]) for name in forwards]
 
     def fastest(self) -> RuntimeFigures:
@@ -132,11 +137,19 @@ class MeasuredRuntimes:
         """The graph of a measured runtime, other than torch."""
         return self.graphs / f"{RUNTIMES[name].graph}.onnx"
 
+    def _opened(self, name: str, calibration: Sequence[dict[str, np.ndarray]], num_threads: int) -> Forward:
+        """A runtime that has run once."""
+        if importlib.util.find_spec(RUNTIMES[name].library) is None:
+            raise ModuleNotFoundError(f"{RUNTIMES[name].library} is not installed")
+        forward = open_graph(name, self._graph(RUNTIMES[name].graph, calibration), num_threads)
+        forward(self._sample.pad([0]))
+        return forward
+
     def _graph(self, graph: str, calibration: Sequence[dict[str, np.ndarray]]) -> Path:
-        out, source = self.graphs / f"{graph}.onnx", self.graphs / "float32.onnx"
+        out = self.graphs / f"{graph}.onnx"
         if not out.exists():
             with tempfile.TemporaryDirectory(dir=self.graphs) as scratch:
-                GRAPHS[graph](source, Path(scratch) / out.name, calibration)
+                GRAPHS[graph](self.graphs / _FLOAT32, Path(scratch) / out.name, calibration)
                 (Path(scratch) / out.name).rename(out)
         return out
 
@@ -147,6 +160,10 @@ class MeasuredRuntimes:
     def _some_texts(self, texts: EncodedTexts, number: int) -> EncodedTexts:
         """Inputs from all over, that can be read."""
         usable = np.flatnonzero(texts.lengths)
+        if not len(usable):
+            raise UserError(
+                f"no judged product has text in the fields that {self.folder} reads; nothing can be measured"
+            )
         return texts.take(usable[np.linspace(0, len(usable) - 1, min(number, len(usable)), dtype=np.int64)])
 
     def _batches(self, texts: EncodedTexts) -> list[dict[str, np.ndarray]]:
