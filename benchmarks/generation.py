@@ -42,6 +42,7 @@ from relevance_ray.generate.search_actors import open_whole
 from relevance_ray.generate.shards import ShardContext, generate_shard
 from relevance_ray.generate.work import open_embedder
 from relevance_ray.ray_session import ray_session
+from relevance_ray.workers import Workers
 
 LEXICAL = {"bm25": 3.0, "bm25_middle": 2.0, "category": 2.0, "random": 1.0}
 GROUPS_PER_SHARD = 512
@@ -83,7 +84,7 @@ def measure(pairs: int, prepared: Path, out: Path, dense: bool) -> dict[str, flo
     with ray_session(os.cpu_count()):
         peak = Peak()
         peak.start()
-        summary = generate(options_for(pairs, dense), str(prepared), str(out), num_workers=os.cpu_count() or 1)
+        summary = generate(options_for(pairs, dense), str(prepared), str(out), workers=Workers(os.cpu_count() or 1))
         gigabytes = peak.stop()
     return {"pairs": summary["pairs"], "peak_gb": gigabytes, "seconds": time.monotonic() - started}
 

@@ -30,6 +30,7 @@ from relevance_ray.schema import SCALES
 from relevance_ray.storage import CommitLog, read_table
 from relevance_ray.student.cross_encoder import build_cross_encoder
 from relevance_ray.student.options import EncoderOptions
+from relevance_ray.workers import Workers
 
 THREADS = 2
 PRODUCTS = 8
@@ -65,7 +66,7 @@ def bare_rate(factory: Any, shards: list[Shard]) -> float:
 def pipeline_rate(factory: Any, shards: list[Shard], folder: Path) -> float:
     """Pairs a second between the first and the last commit."""
     shutil.rmtree(folder, ignore_errors=True)
-    label(shards, str(folder), "benchmark", factory, num_actors=1, num_cpus=THREADS)
+    label(shards, str(folder), "benchmark", factory, workers=Workers(1, THREADS))
     assert len(CommitLog(str(folder)).committed()) == len(shards)
     times = sorted(path.stat().st_mtime for path in (folder / "commits").iterdir())
     pairs = shards[0].num_pairs

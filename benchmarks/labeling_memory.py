@@ -30,6 +30,7 @@ from relevance_ray.engines.registry import open_engine
 from relevance_ray.labeling.pipeline import Shard, label
 from relevance_ray.ray_session import ray_session
 from relevance_ray.storage import CommitLog
+from relevance_ray.workers import Workers
 
 PRODUCTS, GROUPS = 8, 250
 BILLION = 1e9
@@ -78,7 +79,7 @@ def measure(shards: list[Shard], folder: Path) -> dict[str, float]:
     with ray_session(os.cpu_count()):
         sampler.start()
         factory = partial(open_engine, EngineOptions(engine="oracle"), None, MARKET_SCALE)
-        label(shards, str(folder), "benchmark", factory, num_actors=2, num_cpus=1)
+        label(shards, str(folder), "benchmark", factory, workers=Workers(2, 1))
         sampler.stop()
     assert len(CommitLog(str(folder)).committed()) == len(shards)
     late = [(pss, store) for done, pss, store in sampler.samples if done >= len(shards) / 2]

@@ -24,6 +24,7 @@ from market_shards import write_shards
 from relevance_ray.engines.base import Labels, Pair
 from relevance_ray.labeling.pipeline import Shard, label
 from relevance_ray.ray_session import ray_session
+from relevance_ray.workers import Workers
 
 PAIRS_PER_SECOND = 200.0
 PRODUCTS = 8
@@ -48,7 +49,7 @@ class SleepingEngine:
 def steady_rate(shards: Sequence[Shard], folder: Path, replicas: int, rate: float) -> float:
     """Pairs a second while every replica is at work: between the commits of the second and of the last but one round."""
     shutil.rmtree(folder, ignore_errors=True)
-    label(shards, str(folder), "benchmark", partial(SleepingEngine, rate), num_actors=replicas, num_cpus=0.1)
+    label(shards, str(folder), "benchmark", partial(SleepingEngine, rate), workers=Workers(replicas, 0.1))
     times = sorted(path.stat().st_mtime for path in (folder / "commits").iterdir())
     first, last = replicas, len(times) - replicas
     return shards[0].num_pairs * (last - first) / (times[last] - times[first])

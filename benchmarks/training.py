@@ -34,6 +34,7 @@ from relevance_ray.config import build_config
 from relevance_ray.quiet import quiet_libraries
 from relevance_ray.steps import Chain
 from relevance_ray.storage import CommitLog, read_table
+from relevance_ray.workers import Workers
 
 BATCH, LEARNING_RATE, PRODUCTS, MAX_TOKENS = 8, 1e-4, 8, 64
 BATCH_OF_WORKERS, STEPS_OF_WORKERS = 32, 8
@@ -244,12 +245,14 @@ def over_workers(arguments: argparse.Namespace, files: list[str], judged: str) -
     tokens = ingest(IngestSpec(str(start), options), files, work / "tokens")
     pairs = STEPS_OF_WORKERS * BATCH_OF_WORKERS * PRODUCTS
     spec = StudentTaskSpec(str(start), tokens, judged, options, max_pairs=pairs)
-    ray.init(num_cpus=os.cpu_count(), include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(
+        address="local", num_cpus=os.cpu_count(), include_dashboard=False, log_to_driver=False, logging_level="ERROR"
+    )
     rates: dict[int, list[float]] = {1: [], 2: []}
     for number in range((arguments.rounds + 1) // 2):
         for workers, found in rates.items():
             job = Job(spec, loop, work / f"{workers}-{number}")
-            [result] = ray_runner(num_workers=workers)([job])
+            [result] = ray_runner(Workers(workers))([job])
             found.append(result.pairs_per_second)
     ray.shutdown()
     model = AutoModelForSequenceClassification.from_pretrained(start, dtype=torch.float32)

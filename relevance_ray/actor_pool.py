@@ -6,19 +6,10 @@ Ray Data strips an exception of an actor of its kind, so what the user must mend
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from relevance_ray.errors import UserError, what_to_mend
-
-
-@dataclass(frozen=True)
-class Workers:
-    """A pool of actors: how many, and CPUs and GPUs of each."""
-
-    count: int
-    cpus: float = 1
-    gpus: float = 0
+from relevance_ray.workers import Workers
 
 
 class ItemActor:
@@ -60,7 +51,7 @@ def run_pool(
         items: rows of the same keys.
         actor: called with batches of one item; its rows have a `user_error`, which is empty or ends the run.
         arguments: of its constructor.
-        workers: the pool; it begins once all of them are there.
+        workers: the pool; it begins with the first of them that there is room for.
         num_blocks: into how many tasks the items are put, which Ray's head keeps account of.
 
     Raises:
@@ -73,8 +64,7 @@ def run_pool(
         fn_constructor_args=arguments,
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=workers.count, max_tasks_in_flight_per_actor=2),
-        num_cpus=workers.cpus,
-        num_gpus=workers.gpus,
+        **workers.remote_options(),
     )
     for row in results.iter_rows():
         if row["user_error"]:

@@ -24,9 +24,9 @@ from relevance_ray.errors import UserError
 from relevance_ray.evaluation.options import EvaluateOptions
 from relevance_ray.generate.options import GenerateOptions
 from relevance_ray.options import STRICT, option
-from relevance_ray.ray_session import Demand
 from relevance_ray.serving.options import ServeOptions
 from relevance_ray.training.options import StudentOptions, TeacherOptions
+from relevance_ray.workers import Demand, Workers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +48,12 @@ class ResourceOptions:
     __pydantic_config__ = STRICT
     num_cpus: int | None = option(None, "CPUs of the local Ray; unset: all of them", operational=True)
     generate_workers: int = option(2, "Ray tasks that generate shards at once", operational=True)
+    generate_resources: dict[str, float] = option(
+        {},
+        "Custom resources that each of these takes beside its CPU, such as {cpu_node: 0.01}: Ray puts it on a node that has "
+        "them (a local Ray has plenty)",
+        operational=True,
+    )
     search_actors: int = option(
         0,
         "Actors, of one CPU each, that hold the catalog's shards between them for all generate workers; 0: each worker "
@@ -57,9 +63,13 @@ class ResourceOptions:
     write_actors: int = option(1, "Actors with a language model that write queries (source llm)", operational=True)
     cpus_per_write_actor: int = option(2, "CPUs of one of these", operational=True)
     gpus_per_write_actor: float = option(0, "GPUs of one of these", operational=True)
+    write_resources: dict[str, float] = option({}, "Custom resources of one of these", operational=True)
     label_actors: int = option(1, "Engine actors that label shards, or embed the catalog", operational=True)
     cpus_per_label_actor: int = option(2, "CPUs of one engine actor", operational=True)
     gpus_per_label_actor: float = option(0, "GPUs of one engine actor", operational=True)
+    label_resources: dict[str, float] = option(
+        {}, "Custom resources of one engine actor, such as {teacher: 1}", operational=True
+    )
     train_workers: int = option(
         2,
         "Data-parallel training workers; 0: train in the job's own process (on the GPU it sees, if any), without Ray Train, "
@@ -68,6 +78,7 @@ class ResourceOptions:
     )
     cpus_per_train_worker: int = option(1, "CPUs of one training worker", operational=True)
     train_on_gpu: bool = option(False, "Give each training worker a GPU", operational=True)
+    train_resources: dict[str, float] = option({}, "Custom resources of one training worker", operational=True)
     no_progress_minutes: float = option(
         30.0,
         "End labeling, to be resumed, after so long without a labeled shard (the first waits for the model); 0: never",
@@ -94,23 +105,56 @@ class ResourceOptions:
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative")
+        for name in ("generate_resources", "write_resources", "label_resources", "train_resources"):
+            for resource, amount in getattr(self, name).items():
+                if resource in ("CPU", "GPU", "memory") or amount <= 0:
+                    raise ValueError(
+                        f"{name}: {resource} {amount:g} is no amount above 0 of a resource of your own naming"
+                    )
+
+    @property
+    def generators(self) -> Workers:
+        """What generates shards."""
+        return Workers(self.generate_workers, 1, 0, self.generate_resources)
+
+    @property
+    def writers(self) -> Workers:
+        """What writes queries."""
+        cpus, gpus = self.cpus_per_write_actor, self.gpus_per_write_actor
+        return Workers(self.write_actors, cpus, gpus, self.write_resources)
+
+    @property
+    def labelers(self) -> Workers:
+        """What labels shards, or embeds the catalog."""
+        cpus, gpus = self.cpus_per_label_actor, self.gpus_per_label_actor
+        return Workers(self.label_actors, cpus, gpus, self.label_resources)
+
+    @property
+    def trainers(self) -> Workers:
+        """What trains."""
+        cpus, gpus = self.cpus_per_train_worker, int(self.train_on_gpu)
+        return Workers(self.train_workers, cpus, gpus, self.train_resources)
+
+    def custom(self) -> set[str]:
+        """Names of all custom resources that are asked for."""
+        return {
+            name for each in (self.generators, self.writers, self.labelers, self.trainers) for name in each.resources
+        }
 
     def needed(self, step: str, writes: bool = False) -> list[Demand]:
         """What a step wants at once, one stage after the other; `writes`: generation has a language model write."""
         if step in ("label", "embed"):
-            key = "resources.label_actors"
-            return [Demand(self.label_actors, self.cpus_per_label_actor, self.gpus_per_label_actor, key)]
+            return [Demand(self.labelers, "resources.label_actors", 1)]
         if step == "generate":
-            stages = []
+            stages = [Demand(self.generators, "resources.generate_workers", 1)]
             if self.search_actors:  # beside them at least one worker
-                stages.append(Demand(self.search_actors + 1, 1, 0, "resources.search_actors"))
+                together = self.generators.of(self.search_actors + 1)
+                stages = [Demand(together, "resources.search_actors", together.count)]
             if writes:
-                cpus, gpus = self.cpus_per_write_actor, self.gpus_per_write_actor
-                stages.append(Demand(self.write_actors, cpus, gpus, "resources.write_actors", self.search_actors))
+                stages.append(Demand(self.writers, "resources.write_actors", 1, self.search_actors))
             return stages
         if step in ("train-teacher", "train-student", "evaluate") and self.train_workers:
-            key = "resources.train_workers"
-            return [Demand(self.train_workers, self.cpus_per_train_worker, int(self.train_on_gpu), key)]
+            return [Demand(self.trainers, "resources.train_workers", self.train_workers)]
         return []
 
 

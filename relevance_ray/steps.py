@@ -22,7 +22,7 @@ from relevance_ray.errors import UserError
 from relevance_ray.lease import Lease
 from relevance_ray.model_folder import read_model_info
 from relevance_ray.models import check_layers, resolve_model
-from relevance_ray.ray_session import check_resources
+from relevance_ray.preflight import check_demands
 from relevance_ray.storage import (
     check_reachable,
     exists,
@@ -155,7 +155,7 @@ class Chain:
     def preflight(self, until: str | None = None) -> None:
         """Refuse what can be known to fail before hours are spent: a model that does not resolve or has too few layers, a
         file that is not there, a root that cannot be reached or lies among the data that a fingerprint is of, resources that
-        this machine does not have, an endpoint without its key."""
+        Ray does not have, an endpoint without its key."""
         config, steps = self.config, self.at.until(until)
         data = Path(config.data.path).resolve()
         if config.data.path and not is_remote(self.at.root) and Path(self.at.root).resolve().is_relative_to(data):
@@ -190,10 +190,8 @@ class Chain:
             raise UserError("label.engine=vllm runs classifiers, and teacher has none; set label.engine=transformers")
         check_reachable(self.at.root)
         pending = {step for step, state, _ in self.at.plan(until) if state != "done"}
-        for step in steps:
-            if step in pending:
-                for demand in config.resources.needed(step, config.generate.uses_llm):
-                    check_resources(demand, config.resources.num_cpus)
+        needed = (config.resources.needed(step, config.generate.uses_llm) for step in steps if step in pending)
+        check_demands([demand for demands in needed for demand in demands], config.resources.num_cpus)
         if "generate" in pending and config.generate.uses_llm:
             check_generator(config.generate.llm, "generate.llm")
         if "label" in pending:

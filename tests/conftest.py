@@ -37,7 +37,7 @@ def ray_cluster() -> Iterator[None]:
     """One local Ray for all tests: 4 logical CPUs, so that a pool of actors never starves the stage that feeds it."""
     import ray
 
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
 

@@ -22,6 +22,7 @@ from relevance_ray.labeling.pipeline import Shard, label, shards_to_label
 from relevance_ray.quiet import quiet_libraries
 from relevance_ray.schema import GROUP, pair_id, product_fields
 from relevance_ray.storage import CommitLog, join
+from relevance_ray.workers import Workers
 
 NUM_SHARDS, GROUPS, PRODUCTS = 24, 10, 3
 
@@ -88,10 +89,10 @@ def main() -> None:
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     root, seconds = sys.argv[1], float(sys.argv[2])
     shards = shards_of(root)
-    run = partial(label, shards, join(root, "label"), "t", partial(SlowEngine, seconds), num_cpus=1)
+    run = partial(label, shards, join(root, "label"), "t", partial(SlowEngine, seconds))
     if "--lose-a-node" not in sys.argv:
-        ray.init(num_cpus=4, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
-        print(run(num_actors=2))
+        ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+        print(run(workers=Workers(2)))
         return
 
     from ray.cluster_utils import Cluster
@@ -109,7 +110,7 @@ def main() -> None:
 
     killer = threading.Thread(target=lose)
     killer.start()
-    print(run(num_actors=4))
+    print(run(workers=Workers(4)))
     killer.join()
     print(f"nodes left: {sum(node['Alive'] for node in ray.nodes())}")
     ray.shutdown()

@@ -40,6 +40,7 @@ RAY_SHELLS = {
     "labeling/compact_pipeline.py",
     "serving/app.py",
     "cli.py",
+    "preflight.py",
     "ray_session.py",
 }
 WIRE = {f"serving/{name}.py" for name in ("http", "bodies", "refusals", "rerank", "embed", "examples")}

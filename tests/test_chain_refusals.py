@@ -43,7 +43,7 @@ def test_more_actors_than_the_machine_can_hold_are_refused_instead_of_waited_for
     config.write_text(yaml.safe_dump(values(tmp_path / "root", encoder)))
     done = cli("train-teacher", str(config), "--set", "resources.train_workers=64")
     assert done.returncode == 2, done.stderr
-    assert "resources.train_workers asks for 64 at 1 CPUs each" in done.stderr
+    assert "resources.train_workers asks for 64 at 1 CPU each, and this Ray has room for" in done.stderr
 
 
 def test_a_dry_run_says_what_would_be_done_and_does_nothing(tmp_path: Path, encoder: Path) -> None:

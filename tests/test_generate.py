@@ -42,6 +42,7 @@ from relevance_ray.generate.queries.sources import PoolCounts
 from relevance_ray.generate.shards import ShardContext, generate_shard, plan_ranges, shard_name, shard_range
 from relevance_ray.schema import GROUP, pair_id
 from relevance_ray.storage import CommitLog
+from relevance_ray.workers import Workers
 
 # Shards
 
@@ -114,13 +115,13 @@ def test_more_pairs_keep_the_shards_that_exist(tmp_path: Path, ray_cluster: None
     log = planted + log
     prepared = make_prepared(tmp_path / "prepare", make_products(), log, held_out)
     out = tmp_path / "generate"
-    first = generate(lexical_options(num_pairs=160), str(prepared), str(out), num_workers=2)
+    first = generate(lexical_options(num_pairs=160), str(prepared), str(out), workers=Workers(2))
     assert (first["groups"], first["pairs"], first["skipped"]) == (20, 160, 0)
     assert first["shards"] == [shard_name(0, 8), shard_name(8, 16), shard_name(16, 20)]
     assert first["sources"] == {"log": 10, "titles": 10}
     assert sum(first["origins"].values()) == 160
     before = {name: record["file"] for name, record in CommitLog(str(out)).committed().items()}
-    second = generate(lexical_options(num_pairs=400), str(prepared), str(out), num_workers=2)
+    second = generate(lexical_options(num_pairs=400), str(prepared), str(out), workers=Workers(2))
     assert (second["groups"], second["pairs"], second["skipped"]) == (50, 400, 3)
     log_after = CommitLog(str(out))
     after = {name: record["file"] for name, record in log_after.committed().items()}
@@ -128,7 +129,7 @@ def test_more_pairs_keep_the_shards_that_exist(tmp_path: Path, ray_cluster: None
     with pytest.raises(UserError, match=r"earlier, larger run .* set it to 128"):
         generate(lexical_options(num_pairs=96), str(prepared), str(out))
     at_once = tmp_path / "at-once"
-    generate(lexical_options(num_pairs=400), str(prepared), str(at_once), num_workers=1)
+    generate(lexical_options(num_pairs=400), str(prepared), str(at_once), workers=Workers(1))
 
     def groups(folder: Path) -> list[dict]:
         return pa.concat_tables([pq.read_table(path) for path in CommitLog(str(folder)).files()]).to_pylist()
@@ -160,7 +161,7 @@ def test_groups_depend_on_no_shard_of_the_catalog(tmp_path: Path, ray_cluster: N
             engine_file=results,
         )
         out = str(tmp_path / name)
-        generate(options, str(prepared), out, num_workers=2, search_actors=actors)
+        generate(options, str(prepared), out, workers=Workers(2), search_actors=actors)
         found.append(pa.concat_tables([pq.read_table(path) for path in CommitLog(out).files()]).to_pylist())
     assert found[0] == found[1] == found[2]
     lamp = next(group for group in found[0] if group["query"] == "red desk lamp")
@@ -204,7 +205,7 @@ def test_groups_of_another_language_hold_what_a_shopper_would_find(
         min_title_words=1,
     )
     out = str(tmp_path / "generate")
-    summary = generate(options, str(prepared), out, num_workers=2)
+    summary = generate(options, str(prepared), out, workers=Workers(2))
     assert summary["sources"]["log"] == len(log)
     groups = pa.concat_tables([pq.read_table(path) for path in CommitLog(out).files()]).to_pylist()
     cut = [group["query"] for group in groups if group["query_source"] == "titles"]
@@ -306,7 +307,7 @@ def test_killed_run_goes_on_with_what_it_committed(tmp_path: Path, ray_cluster: 
     assert killed.returncode == -signal.SIGKILL
     left = {name: record["file"] for name, record in CommitLog(str(out)).committed().items()}
     options = lexical_options(num_pairs=8000, source="titles")
-    summary = generate(options, str(prepared), str(out), num_workers=2)
+    summary = generate(options, str(prepared), str(out), workers=Workers(2))
     assert 1 <= summary["skipped"] < len(summary["shards"]) == 125
     after = {name: record["file"] for name, record in CommitLog(str(out)).committed().items()}
     assert left.items() <= after.items()
@@ -317,7 +318,7 @@ def test_killed_run_goes_on_with_what_it_committed(tmp_path: Path, ray_cluster: 
 
 def test_a_search_actor_that_dies_is_started_again_and_asked_again(tmp_path: Path, ray_cluster: None) -> None:
     prepared = make_prepared(tmp_path / "prepare", make_products(4), [], [])
-    run = partial(generate, prepared_dir=str(prepared), num_workers=1)
+    run = partial(generate, prepared_dir=str(prepared), workers=Workers(1))
     run(lexical_options(num_pairs=4000, source="titles"), out_dir=str(tmp_path / "undisturbed"))
     out = tmp_path / "generate"
     killed = []
@@ -347,7 +348,7 @@ def test_dense_candidates_come_from_a_real_model(tmp_path: Path, ray_cluster: No
     prepared = make_prepared(tmp_path / "prepare", products, ["something to keep the rain off"], [])
     out = tmp_path / "generate"
     options = GenerateOptions(num_pairs=8, source="log", quotas={"dense": 8}, dense_max_products=60)
-    summary = generate(options, str(prepared), str(out), num_workers=1)
+    summary = generate(options, str(prepared), str(out), workers=Workers(1))
     assert summary["origins"] == {"dense": 8}
     group = pq.read_table(CommitLog(str(out)).files()[0]).to_pylist()[0]
     titles = [product["fields"]["title"] for product in group["products"]]

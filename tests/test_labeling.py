@@ -19,6 +19,7 @@ from relevance_ray.labeling.pipeline import Shard, label, shards_to_label
 from relevance_ray.labeling.shard import count_errors, label_groups
 from relevance_ray.schema import GROUP, LABELED_GROUP, pair_id, product_fields
 from relevance_ray.storage import CommitLog
+from relevance_ray.workers import Workers
 
 
 def make_groups(start: int, stop: int, products: int = 3) -> pa.Table:
@@ -92,7 +93,7 @@ def test_a_resumed_run_labels_only_what_is_missing_and_growth_only_what_is_new(t
         table = make_groups(start, start + 10)
         groups.commit(f"groups-{start:010d}-{start + 10:010d}", table, "g", {"pairs": 30})
     calls, out = tmp_path / "calls", str(tmp_path / "label")
-    run = partial(label, folder=out, fingerprint="t", open_engine=partial(LengthEngine, calls), num_actors=2)
+    run = partial(label, folder=out, fingerprint="t", open_engine=partial(LengthEngine, calls), workers=Workers(2))
 
     shards = shards_to_label(groups, list(groups.committed()))
     assert run(shards) == {

@@ -27,6 +27,7 @@ from relevance_ray.training.options import FitOptions, TeacherFitOptions
 from relevance_ray.training.ray_train import ray_runner
 from relevance_ray.training.runners import Job
 from relevance_ray.training.teacher_task import TeacherTaskSpec
+from relevance_ray.workers import Workers
 
 pytestmark = pytest.mark.usefixtures("ray_cluster", "workers_know_this_module")
 
@@ -41,7 +42,7 @@ def workers_know_this_module() -> Iterator[None]:
 def train_on_two(
     spec: TaskSpec, options: FitOptions, work_dir: Path, on_progress: OnProgress | None = None
 ) -> FitResult:
-    return ray_runner(num_workers=2)([Job(spec, options, work_dir)], on_progress)[0]
+    return ray_runner(Workers(2))([Job(spec, options, work_dir)], on_progress)[0]
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def test_two_workers_take_the_steps_of_one(tmp_path: Path) -> None:
         Job(spec, fifty, tmp_path / "two", "first"),
         Job(contrast, OPTIONS, tmp_path / "second", keep_model=False),
     ]
-    two, second = ray_runner(num_workers=2)(jobs, seen.append)
+    two, second = ray_runner(Workers(2))(jobs, seen.append)
     np.testing.assert_allclose(losses_of(two), losses_of(one), rtol=1e-4)
     np.testing.assert_allclose(two.predictions(), one.predictions(), atol=1e-3)
     alone = train(contrast, OPTIONS, tmp_path / "contrast" / "one")

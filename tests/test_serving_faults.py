@@ -105,7 +105,7 @@ def test_a_broken_folder_never_takes_traffic(
         with pytest.raises(UserError, match=r"broken does not load \(SafetensorError"):
             server.roll_out(models["broken"])
         # And where nobody looked before: its replicas do not start, and the old ones go on.
-        monkeypatch.setattr(app, "check_model", lambda folder: None)
+        monkeypatch.setattr(app, "check_model", lambda folder, on_gpu=False: None)
         with pytest.raises(UserError, match=r"broken did not start \(.*SafetensorError"):
             server.roll_out(models["broken"])
     seen = background.seen

@@ -13,7 +13,6 @@ import pytest
 from chat_endpoint import ChatEndpoint
 from small_catalog import LEXICAL, make_prepared, make_products, make_search
 
-from relevance_ray.actor_pool import Workers
 from relevance_ray.engines.options import EndpointOptions
 from relevance_ray.errors import UserError
 from relevance_ray.generate.options import GenerateOptions
@@ -22,6 +21,7 @@ from relevance_ray.generate.queries.sources import PoolCounts
 from relevance_ray.generate.queries.written import WRITTEN, WrittenPlan, round_trip, written_queries
 from relevance_ray.generate.writer_options import STYLES, WriterOptions
 from relevance_ray.storage import CommitLog
+from relevance_ray.workers import Workers
 
 HELD_OUT = "acme red wool hat"
 
@@ -142,9 +142,9 @@ def test_written_queries_become_groups_and_a_larger_run_asks_no_product_twice(
         writer = WriterOptions(
             engine="openai", openai=EndpointOptions(model="writer", base_url=endpoint.url), styles={"plain": 1}
         )
-        first = generate(llm_options(num_pairs=160, llm=writer), str(prepared), str(out), num_workers=2)
+        first = generate(llm_options(num_pairs=160, llm=writer), str(prepared), str(out), workers=Workers(2))
         asked = len(endpoint.requests)
-        second = generate(llm_options(num_pairs=480, llm=writer), str(prepared), str(out), num_workers=2)
+        second = generate(llm_options(num_pairs=480, llm=writer), str(prepared), str(out), workers=Workers(2))
         messages = [request["messages"][-1]["content"] for request in endpoint.requests]
     assert first["sources"] == {"llm": 20}
     assert asked == 128, "one part is enough for 20 queries"
@@ -175,7 +175,7 @@ def test_written_queries_are_checked_by_search_actors_where_there_are_any(tmp_pa
             options = llm_options(num_pairs=640, llm=writer, products_per_shard=per_shard)
             out = str(tmp_path / name)
             # Two search actors beside two writers of two CPUs each are more than the four CPUs that are there.
-            generate(options, str(prepared), out, num_workers=2, search_actors=actors, writers=Workers(2, cpus=2))
+            generate(options, str(prepared), out, workers=Workers(2), search_actors=actors, writers=Workers(2, cpus=2))
             found.append(pa.concat_tables([pq.read_table(path) for path in CommitLog(out).files()]).to_pylist())
     assert found[0] == found[1]
 

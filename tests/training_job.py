@@ -20,6 +20,7 @@ from relevance_ray.quiet import quiet_libraries
 from relevance_ray.storage import join, listdir, write_table
 from relevance_ray.training.options import FitOptions, StudentOptions
 from relevance_ray.training.student import StudentRequest, train_student
+from relevance_ray.workers import Workers
 
 STEPS = 60
 
@@ -67,7 +68,7 @@ def main() -> None:
     steps: list[int] = []
     summary = train_student(
         request_at(root, work),
-        ray_runner(num_workers=2),
+        ray_runner(Workers(2)),
         on_progress=lambda record: steps.append(record["step"]) if "loss" in record else None,
     )
     if losing:

@@ -9,8 +9,9 @@ from pathlib import Path
 from relevance_ray.chain.folders import StepFolders
 from relevance_ray.config import Config
 from relevance_ray.object_log import ObjectLog
+from relevance_ray.preflight import check_demands
 from relevance_ray.progress import Progress
-from relevance_ray.ray_session import check_resources, ray_session
+from relevance_ray.ray_session import ray_session
 from relevance_ray.storage import cache_folder, fingerprint, is_remote, localize
 
 Say = Callable[[str], None]
@@ -31,9 +32,10 @@ class StepTools:
 
     def ray(self, step: str) -> None:
         """Ray from here to the end of the run, which must be able to hold what a step wants at once."""
-        self._stack.enter_context(ray_session(self.config.resources.num_cpus))
-        for demand in self.config.resources.needed(step, self.config.generate.uses_llm):
-            check_resources(demand)
+        resources = self.config.resources
+        self._stack.enter_context(ray_session(resources.num_cpus, resources.custom()))
+        for said in check_demands(resources.needed(step, self.config.generate.uses_llm)):
+            self.say(f"{step}: {said}")
 
     def progress(self, description: str, total: int | None, unit: str) -> Progress:
         return Progress(description, total, unit, log=self._log)

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from relevance_ray.actor_pool import Workers
 from relevance_ray.chain.folders import VERSIONS
 from relevance_ray.chain.tools import StepTools
 from relevance_ray.options import semantic
@@ -52,12 +51,7 @@ class TrainingWork:
         from relevance_ray.training.ray_train import ray_runner
 
         self.tools.ray("train-student")
-        return ray_runner(
-            num_workers=resources.train_workers,
-            cpus_per_worker=resources.cpus_per_train_worker,
-            use_gpu=resources.train_on_gpu,
-            name=name,
-        )
+        return ray_runner(resources.trainers, name)
 
     def train_teacher(self, folder: str) -> dict[str, Any]:
         from relevance_ray.data.prepare import iter_products, read_scale
@@ -126,9 +120,7 @@ class TrainingWork:
                 list(requests.values()),
                 self._runner(name),
                 on_progress=partial(show_training, progress, track),
-                run_ingest=ray_ingest(Workers(resources.train_workers, resources.cpus_per_train_worker))
-                if spread
-                else in_turn,
+                run_ingest=ray_ingest(resources.trainers) if spread else in_turn,
                 on_ingest=lambda done, of: progress.update(part=f"tokens {done}/{of}"),
             )
 

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from relevance_ray.actor_pool import Workers
 from relevance_ray.chain.tools import StepTools
 from relevance_ray.chain.trainings import TrainingWork
 from relevance_ray.errors import UserError
@@ -120,9 +119,9 @@ class StepWork:
                 folder,
                 index_dir=index,
                 earlier_index=latest_vectors(self.at.root, index, self.config.generate),
-                num_workers=resources.generate_workers,
+                workers=resources.generators,
                 search_actors=resources.search_actors,
-                writers=Workers(resources.write_actors, resources.cpus_per_write_actor, resources.gpus_per_write_actor),
+                writers=resources.writers,
                 progress=progress,
             )
         if refused := summary["left_out"]["refused"]:
@@ -151,9 +150,7 @@ class StepWork:
                 folder,
                 self.at.key("label"),
                 factory,
-                num_actors=resources.label_actors,
-                num_cpus=resources.cpus_per_label_actor,
-                num_gpus=resources.gpus_per_label_actor,
+                workers=resources.labelers,
                 progress=progress,
                 retry=retry,
                 no_progress_seconds=60 * resources.no_progress_minutes,
@@ -200,7 +197,7 @@ class StepWork:
                 self.at.folder("prepare"),
                 folder,
                 self.at.key("embed"),
-                Workers(resources.label_actors, resources.cpus_per_label_actor, resources.gpus_per_label_actor),
+                resources.labelers,
                 progress,
             )
 

@@ -8,14 +8,12 @@ there.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from relevance_ray.actor_pool import ItemActor, Workers, run_pool
+from relevance_ray.actor_pool import ItemActor, run_pool
 from relevance_ray.errors import UserError
 from relevance_ray.generate.index.catalog_index import CatalogIndex
 from relevance_ray.generate.options import GenerateOptions
@@ -29,6 +27,7 @@ from relevance_ray.generate.work import embed_products, index_shard, write_group
 from relevance_ray.options import semantic
 from relevance_ray.progress import Progress
 from relevance_ray.storage import CommitLog, fingerprint, join
+from relevance_ray.workers import ONE, Workers
 
 MAX_BLOCKS = 1000
 """Of a stage's items, however many: Ray's head keeps account of each."""
@@ -41,9 +40,9 @@ def generate(
     *,
     index_dir: str = "",
     earlier_index: str = "",
-    num_workers: int = 1,
+    workers: Workers = ONE,
     search_actors: int = 0,
-    writers: Workers | None = None,
+    writers: Workers = ONE,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Generate the groups of a run into `out_dir`; ray must be initialised, and the caller hold the lease on the root.
@@ -54,9 +53,9 @@ def generate(
         index_dir: where the catalog's index lies, which all that is generated from one catalog under the same
             `index_options` may share; by default `index/` in `out_dir`.
         earlier_index: an index of an earlier catalog, whose vectors are taken over where a product reads the same.
-        num_workers: actors, of one CPU each, that index and embed products and generate shards.
-        search_actors: actors, of one CPU each, that hold the catalog's shards between them; 0: every worker maps the
-            whole catalog.
+        workers: actors that index and embed products and generate shards.
+        search_actors: actors, each of what a worker takes, that hold the catalog's shards between them; 0: every worker
+            maps the whole catalog.
         writers: actors with a language model, for queries of source llm; one of one CPU by default.
         progress: counts pairs.
 
@@ -84,14 +83,13 @@ def generate(
     progress.update(stage="catalog")
     index.build_catalog()
     postings = [{"shard": shard} for shard in index.missing_postings()]
-    workers = Workers(num_workers)
     _run_stage(progress, "words", postings, index_shard, (index,), workers)
     index.build_lexicon()
     progress.update(stage="queries")
     search_actors = min(search_actors, index.catalog.num_shards)
     beside = search_actors if options.uses_llm else 0
-    write = partial(_write_queries, progress, index, queries, writers or Workers(1), beside)
-    with spread(index, beside, dense=False, progress=progress) as open_search:
+    write = partial(_write_queries, progress, index, queries, writers)
+    with spread(index, workers.of(beside), dense=False, progress=progress) as open_search:
         pool = queries.build_pool(write, open_search)
     committed = log.committed()
     missing = plan_ranges(pool.groups, options.groups_per_shard, map(shard_range, committed))
@@ -104,9 +102,9 @@ def generate(
     progress.update(total=pool.pairs, stage="groups")
     if missing:
         rows = [{"start": start, "stop": stop} for start, stop in missing]
-        with spread(index, search_actors, dense=options.uses_dense, progress=progress) as open_search:
+        with spread(index, workers.of(search_actors), dense=options.uses_dense, progress=progress) as open_search:
             arguments = (index, queries, out_dir, key, open_search)
-            for pairs in _run(rows, write_groups, arguments, workers, search_actors):
+            for pairs in _run(rows, write_groups, arguments, workers):
                 progress.advance(pairs)
     summary = _summary(log, pool, len(there))
     if abs(summary["pairs"] - options.num_pairs) > 0.01 * options.num_pairs:
@@ -122,13 +120,12 @@ def _write_queries(
     index: CatalogIndex,
     queries: QueryStore,
     writers: Workers,
-    taken_cpus: int,
     parts: Sequence[int],
 ) -> None:
     """Have some parts of the queries written. Raises `UserError` for what the user must mend; what is written stays."""
     stage = f"writing by {PRODUCTS_PER_PART} products"
     items = [{"part": part} for part in parts]
-    _run_stage(progress, stage, items, write_query_part, (index, queries), writers, taken_cpus)
+    _run_stage(progress, stage, items, write_query_part, (index, queries), writers)
     progress.update(stage="queries")
 
 
@@ -139,13 +136,12 @@ def _run_stage(
     open_work: Callable[..., Callable[..., int]],
     arguments: tuple[Any, ...],
     workers: Workers,
-    taken_cpus: int = 0,
 ) -> None:
     """Make what the index lacks of one kind, counted on the live line."""
     if not items:
         return
     progress.update(stage=f"{stage} 0/{len(items)}")
-    for count, _ in enumerate(_run(items, open_work, arguments, workers, taken_cpus), start=1):
+    for count, _ in enumerate(_run(items, open_work, arguments, workers), start=1):
         progress.update(stage=f"{stage} {count}/{len(items)}")
 
 
@@ -154,18 +150,10 @@ def _run(
     open_work: Callable[..., Callable[..., int]],
     arguments: tuple[Any, ...],
     workers: Workers,
-    taken_cpus: int = 0,
 ) -> Iterator[int]:
-    """What was done of each item, in any order. On this machine no more actors than it has CPUs: a pool that waits for
-    actors which nothing can hold would never start. A cluster that `RAY_ADDRESS` names may grow for them."""
-    import ray
-
-    size = min(workers.count, len(items))
-    if not os.environ.get("RAY_ADDRESS"):
-        cpus = ray.cluster_resources().get("CPU", 1) - taken_cpus
-        size = max(1, min(size, int(cpus / workers.cpus)))
-    pool = replace(workers, count=size)
-    for row in run_pool(items, ItemActor, (open_work, *arguments), pool, num_blocks=min(len(items), MAX_BLOCKS)):
+    """What was done of each item, in any order."""
+    pool, num_blocks = workers.at_most(len(items)), min(len(items), MAX_BLOCKS)
+    for row in run_pool(items, ItemActor, (open_work, *arguments), pool, num_blocks=num_blocks):
         yield int(row["done"])
 
 

@@ -11,6 +11,7 @@ from relevance_ray.generate.index.catalog_index import CatalogIndex
 from relevance_ray.generate.index.search import CatalogSearch, SpreadSearch
 from relevance_ray.generate.work import OpenSearch
 from relevance_ray.progress import Progress
+from relevance_ray.workers import Workers
 
 
 class SearchActor:
@@ -38,23 +39,23 @@ def open_spread(parts: Sequence[tuple[Sequence[int], Any]], index: CatalogIndex)
 
 
 @contextlib.contextmanager
-def spread(index: CatalogIndex, num_actors: int, *, dense: bool, progress: Progress) -> Iterator[OpenSearch]:
-    """How workers search: in their own process, or, with `num_actors` (no more than shards), in actors that share the
+def spread(index: CatalogIndex, workers: Workers, *, dense: bool, progress: Progress) -> Iterator[OpenSearch]:
+    """How workers search: in their own process, or, with so many `workers` (no more than shards), in actors that share the
     catalog's shards; `dense` where there are vectors. The live line says how many are there: a cluster may have to grow
     before they are."""
     import ray
 
-    if num_actors == 0:
+    if workers.count == 0:
         yield partial(open_whole, dense=dense)
         return
     # An actor that dies with its node is started on another, and what was asked of it is asked again.
-    remote = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=-1)(SearchActor)
-    shares = [range(first, index.catalog.num_shards, num_actors) for first in range(num_actors)]
+    remote = ray.remote(**workers.remote_options(), max_restarts=-1, max_task_retries=-1)(SearchActor)
+    shares = [range(first, index.catalog.num_shards, workers.count) for first in range(workers.count)]
     actors = [remote.remote(index, list(shards), dense) for shards in shares]
     try:
         stage, waited = progress.extra.get("stage"), [actor.__ray_ready__.remote() for actor in actors]
         while waited:
-            progress.update(stage=f"waiting for search actors {num_actors - len(waited)}/{num_actors}")
+            progress.update(stage=f"waiting for search actors {workers.count - len(waited)}/{workers.count}")
             ready, waited = ray.wait(waited)
             ray.get(ready)
         progress.update(stage=stage)

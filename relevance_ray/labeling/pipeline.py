@@ -14,13 +14,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from relevance_ray.actor_pool import Workers, run_pool
+from relevance_ray.actor_pool import run_pool
 from relevance_ray.labeling.attempts import Attempts, shards_set_aside, sweep_marks, take_back
 from relevance_ray.labeling.earlier import build_index
 from relevance_ray.labeling.labeler import EngineFactory, ShardLabeler
 from relevance_ray.progress import Progress, memory_used
 from relevance_ray.storage import CommitLog
 from relevance_ray.watchdog import StalledError, watchdog
+from relevance_ray.workers import ONE, Workers
 
 MAX_FAILED_IN_ROW = 3
 """More shards than so many and one for each actor, given up with none labeled between them, end a job."""
@@ -57,9 +58,7 @@ def label(
     fingerprint: str,
     open_engine: EngineFactory,
     *,
-    num_actors: int = 1,
-    num_cpus: float = 1,
-    num_gpus: float = 0,
+    workers: Workers = ONE,
     progress: Progress | None = None,
     retry: bool = False,
     no_progress_seconds: float = 0,
@@ -71,7 +70,7 @@ def label(
         folder: of the label step.
         fingerprint: stands in each commit.
         open_engine: called in each actor.
-        num_actors, num_cpus, num_gpus: size of the pool, and of one actor.
+        workers: the pool of actors.
         progress: shows pairs and failures.
         retry: take on the shards that were set aside, and the failed rows (only these) of labeled ones, and nothing else.
         no_progress_seconds: end the job, resumable, after so long without a shard; 0 waits for ever.
@@ -120,7 +119,7 @@ def label(
         )
         failed_in_row: list[str] = []
         gauges = _Gauges()
-        pool = Workers(min(num_actors, len(rows)), num_cpus, num_gpus)
+        pool = workers.at_most(len(rows))
         try:
             with watchdog(no_progress_seconds, message) as beat:
                 for row in run_pool(rows, ShardLabeler, actor, pool, num_blocks=len(rows)):
@@ -136,7 +135,7 @@ def label(
                             progress.advance(int(row["pairs"]), failures=int(row["errors"]), **gauges.shown())
                         continue
                     failed_in_row.append(row["label_name"])
-                    if len(failed_in_row) > MAX_FAILED_IN_ROW + num_actors:
+                    if len(failed_in_row) > MAX_FAILED_IN_ROW + workers.count:
                         reason = shards_set_aside(folder)[failed_in_row[-1]]
                         Attempts(folder, run).excuse()
                         raise EngineFailedError(f"{len(failed_in_row)} shards failed in a row; the last: {reason}")

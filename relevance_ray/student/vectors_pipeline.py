@@ -6,11 +6,12 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from relevance_ray.actor_pool import ItemActor, Workers, run_pool
+from relevance_ray.actor_pool import ItemActor, run_pool
 from relevance_ray.data.prepare import product_files
 from relevance_ray.progress import Progress
 from relevance_ray.storage import CommitLog, localize
 from relevance_ray.student.vectors import check_two_tower, open_export, parts_of, shard_name
+from relevance_ray.workers import Workers
 
 
 def export_vectors(
@@ -43,9 +44,8 @@ def export_vectors(
     progress.restart(sum(record["rows"] for record in there.values()))
     progress.update(total=num_products)
     if missing:
-        pool = Workers(min(workers.count, len(missing)), workers.cpus, workers.gpus)
         arguments = (open_export, model, prepared, out_dir, key)
-        for row in run_pool(missing, ItemActor, arguments, pool, num_blocks=len(missing)):
+        for row in run_pool(missing, ItemActor, arguments, workers.at_most(len(missing)), num_blocks=len(missing)):
             progress.advance(int(row["done"]))
     committed = log.committed()
     return {

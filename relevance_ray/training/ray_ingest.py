@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
-from relevance_ray.actor_pool import ItemActor, Workers, run_pool
+from relevance_ray.actor_pool import ItemActor, run_pool
 from relevance_ray.training.ingest import IngestSpec, Item, RunItems
+from relevance_ray.workers import Workers
 
 
 def ray_ingest(workers: Workers) -> RunItems:
     """Does the items in actors of a pool; ray must be initialised when it is called."""
 
     def run(spec: IngestSpec, items: Sequence[Item]) -> Iterator[int]:
-        pool = Workers(min(workers.count, len(items)), workers.cpus)
+        pool = replace(workers, gpus=0).at_most(len(items))
         for row in run_pool(items, ItemActor, (_open, spec), pool, num_blocks=len(items)):
             yield int(row["done"])
 

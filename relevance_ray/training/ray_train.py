@@ -30,6 +30,7 @@ from relevance_ray.storage import absolute, is_remote, makedirs, opened, remove_
 from relevance_ray.training.fit import FitResult, OnProgress, read_result
 from relevance_ray.training.ray_worker import Board, work
 from relevance_ray.training.runners import Job, Runner
+from relevance_ray.workers import Workers
 
 MAX_FAILURES = 2
 """Deaths of workers that a training survives."""
@@ -38,15 +39,16 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 _POLL_SECONDS = 0.5
 
 
-def ray_runner(num_workers: int, cpus_per_worker: int = 1, use_gpu: bool = False, name: str = "train") -> Runner:
+def ray_runner(workers: Workers, name: str = "train") -> Runner:
     """A runner that trains with Ray Train's workers.
 
     Args:
-        num_workers: data-parallel workers; the result does not depend on it.
-        cpus_per_worker: logical CPUs, and torch threads, of each.
-        use_gpu: one GPU for each worker (NCCL); otherwise gloo on CPUs.
+        workers: data-parallel; the result does not depend on how many. Each takes as many torch threads as CPUs, and one
+            GPU (NCCL) or none (gloo).
         name: what Ray calls the run.
     """
+
+    use_gpu = workers.gpus > 0
 
     def run(jobs: Sequence[Job], on_progress: OnProgress | None = None) -> list[FitResult]:
         jobs = [replace(job, work_dir=absolute(job.work_dir)) for job in jobs]
@@ -71,12 +73,12 @@ def ray_runner(num_workers: int, cpus_per_worker: int = 1, use_gpu: bool = False
                 "jobs": cloudpickle.dumps(jobs),  # the controller need not load what they hold
                 "board": board,
                 "follow": on_progress is not None,
-                "num_threads": cpus_per_worker,
+                "num_threads": max(1, int(workers.cpus)),
                 "use_gpu": use_gpu,
             },
             torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
             scaling_config=ScalingConfig(
-                num_workers=num_workers, use_gpu=use_gpu, resources_per_worker={"CPU": cpus_per_worker}
+                num_workers=workers.count, use_gpu=use_gpu, resources_per_worker=workers.each()
             ),
             run_config=RunConfig(
                 # Ray's own state of a run must not be found again: what continues is our checkpoint.
