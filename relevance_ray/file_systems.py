@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from http.client import IncompleteRead
 from typing import Any
@@ -63,8 +64,8 @@ def opened(path: str) -> Iterator[tuple[Any, str]]:
 
 
 def why(error: BaseException) -> str:
-    """What a store said, on one line."""
-    said = getattr(error, "strerror", None) or str(error)
+    """What a store said, on one line, without the credentials that an endpoint's address may hold."""
+    said = re.sub(r"(?<=//)[^/\s@]+@", "", getattr(error, "strerror", None) or str(error))
     return " ".join(said.split()) or type(error).__name__
 
 

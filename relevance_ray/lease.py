@@ -32,7 +32,7 @@ def lease_holder(root: str) -> dict[str, Any] | None:
             holder = dict(read_json(path))
         except FileNotFoundError:
             return None
-        return holder if time.time() - holder["heartbeat"] < LEASE_SECONDS else None
+        return None if _is_over(holder) else holder
     with open(path.removeprefix("file://")) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -44,12 +44,17 @@ def lease_holder(root: str) -> dict[str, Any] | None:
 
 class Lease:
     """One driver at a time on a root. On disk the kernel's file lock, which dies with its process; on S3 an object with
-    a heartbeat, taken over once that is older than `LEASE_SECONDS`."""
+    a heartbeat, taken over once that is older than `LEASE_SECONDS`, and at once from a process that is seen to be gone."""
 
     def __init__(self, root: str) -> None:
         self.root = root
         self.path = join(root, "lease.json")
-        self._owner = {"host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex}
+        self._owner = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "machine": _machine(),
+            "token": uuid.uuid4().hex,
+        }
         self._file: Any = None
         self._stop, self._lost = threading.Event(), threading.Event()
         self._heartbeat = threading.Thread(target=self._beat, name="lease", daemon=True)
@@ -113,7 +118,7 @@ class Lease:
     def _acquire_remote(self) -> None:
         if not create_exclusive(self.path, self._stamp()):
             holder = read_json(self.path)
-            if time.time() - holder["heartbeat"] < LEASE_SECONDS:
+            if not _is_over(holder):
                 raise self._refuse(holder)
             # Two that take over at once: the later write wins, and the loser sees it after a moment.
             write_bytes(self.path, self._stamp())
@@ -136,3 +141,27 @@ class Lease:
                 write_bytes(self.path, self._stamp())
             except (OSError, StorageError):
                 continue  # the next beat may get through; until then nobody takes over
+
+
+def _machine() -> str:
+    """Where a process id means the same process: one boot of one machine, and what its container sees of it."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as boot:
+            return f"{boot.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _is_over(holder: Mapping[str, Any]) -> bool:
+    """Whether who holds a lease on S3 is dead."""
+    if time.time() - holder["heartbeat"] >= LEASE_SECONDS:
+        return True
+    if not holder.get("machine") or holder["machine"] != _machine():
+        return False
+    try:
+        os.kill(holder["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False

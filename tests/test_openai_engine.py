@@ -113,6 +113,8 @@ def test_no_key_and_no_endpoint_is_said_at_once(monkeypatch: pytest.MonkeyPatch)
     for address in ("judge:8000/v1", "ftp://x/v1", "http://"):
         with pytest.raises(ValueError, match="is no address such as"):
             OpenAIOptions(model="judge", base_url=address)
+    with pytest.raises(ValueError, match="base_url of judge holds credentials; put the key into OPENAI_API_KEY$"):
+        OpenAIOptions(model="judge", base_url="http://me:secret@judge:8000/v1")
 
 
 def test_no_more_requests_at_once_and_a_minute_than_allowed() -> None:

@@ -6,6 +6,8 @@ import errno
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import pytest
 
 from relevance_ray import storage
 from relevance_ray.errors import UserError, what_to_mend
+from relevance_ray.file_systems import why
 from relevance_ray.lease import Lease, lease_holder
 from relevance_ray.storage import CommitLog, content_id, fingerprint, join
 
@@ -150,6 +153,23 @@ def test_a_dead_heartbeat_is_taken_over_on_s3(s3_server: None, monkeypatch: pyte
     assert not storage.exists(join(root, "lease.json"))
 
 
+def test_a_process_seen_to_be_gone_is_waited_for_by_nobody_on_s3(s3_server: None) -> None:
+    root = "s3://bucket/gone"
+    path = join(root, "lease.json")
+    with Lease(root):
+        own = storage.read_json(path)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    for change in ({"machine": "another 4026531836"}, {"machine": ""}, {"pid": os.getpid()}):
+        storage.write_json(path, own | {"pid": gone.pid} | change)
+        with pytest.raises(UserError, match="in use by process"), Lease(root):
+            pass
+    storage.write_json(path, own | {"pid": gone.pid})
+    assert lease_holder(root) is None
+    with Lease(root):
+        assert storage.read_json(path)["pid"] == os.getpid()
+
+
 def test_an_unknown_kind_of_path_is_the_users_to_mend() -> None:
     with pytest.raises(UserError, match="nosuch://x.*local folder or s3://"):
         storage.exists("nosuch://x")
@@ -174,6 +194,11 @@ def test_an_endpoint_that_does_not_answer_is_told_in_one_sentence(
     with pytest.raises(UserError, match="cannot reach s3://bucket/run .*AWS_ENDPOINT_URL"):
         storage.check_reachable("s3://bucket/run")
     s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_credentials_in_an_endpoints_address_are_not_told() -> None:
+    error = ConnectionError('Could not connect to the endpoint URL: "http://me:secret@store:9/bucket?x=@"')
+    assert why(error) == 'Could not connect to the endpoint URL: "http://store:9/bucket?x=@"'
 
 
 def test_who_holds_a_lease_is_known_from_outside(root: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -36,6 +37,8 @@ class EndpointOptions:
         address = urlsplit(self.base_url)
         if self.base_url and (address.scheme not in ("http", "https") or not address.hostname):
             raise ValueError(f"base_url {self.base_url} is no address such as http://host:8000/v1")
+        if "@" in address.netloc:
+            raise ValueError(f"base_url of {address.hostname} holds credentials; put the key into {self.api_key_env}")
         for name in ("concurrency", "timeout_seconds"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be more than 0")
@@ -78,6 +81,11 @@ class VllmOptions:
         "arguments of `vllm.LLM`, over our defaults; those of memory, batches and parallelism do not enter fingerprints",
         operational_keys=VLLM_OPERATIONAL_ARGS,
     )
+
+    def num_workers(self) -> int:
+        """Over how many devices one model is shared out."""
+        sizes = (self.engine_args.get(f"{way}_parallel_size", 1) for way in ("tensor", "pipeline"))
+        return math.prod(int(size) for size in sizes)
 
 
 @dataclass(frozen=True)
