@@ -378,3 +378,25 @@ def test_a_generic_run_is_made_of_its_named_or_found_files(tmp_path: Path, name:
     given = replace(options, **{name: "other.csv"})
     assert "other.csv" in {Path(path).name for path in files_read(given)}
     assert f"{name}.csv" not in {Path(path).name for path in files_read(given)}
+
+
+def test_data_on_s3_make_the_same_run_as_on_disk(
+    s3_server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import s3fs
+
+    monkeypatch.setenv("RELEVANCE_RAY_CACHE", str(tmp_path / "cache"))
+    options = write_esci(tmp_path / "esci")
+    (tmp_path / "log.csv").write_text("query\nred lamp\n", encoding="utf-8")
+    options = replace(options, queries=str(tmp_path / "log.csv"))
+    s3fs.S3FileSystem().put(f"{tmp_path}/esci", "bucket/shop-data/", recursive=True)
+    s3fs.S3FileSystem().put(f"{tmp_path}/log.csv", "bucket/shop-data/log.csv")
+    remote = replace(options, path="s3://bucket/shop-data/esci", queries="s3://bucket/shop-data/log.csv")
+
+    def key(data: DataOptions) -> str:
+        return StepFolders(Config(data=data, storage=StorageOptions(root=str(tmp_path / "root")))).key("prepare")
+
+    assert key(remote) == key(options)
+    assert prepare(remote, tmp_path / "remote") == prepare(options, tmp_path / "local")
+    with pytest.raises(UserError, match="there is nothing at s3://bucket/nowhere"):
+        open_source(replace(remote, path="s3://bucket/nowhere"))

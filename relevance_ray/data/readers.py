@@ -8,14 +8,25 @@ from pathlib import Path
 
 from relevance_ray.data import chorus, esci, files, generic, homedepot, market_queries, wands
 from relevance_ray.data.source import DataOptions, Source
+from relevance_ray.storage import is_remote, localize
 
 
 def files_read(options: DataOptions) -> list[str]:
     """The files of the data's folder that make the run, and the query log; another file beside them changes nothing."""
+    options = _at_hand(options)
     names = {"esci": esci.FILES, "wands": wands.FILES, "homedepot": homedepot.FILES, "chorus": chorus.FILES}
     found = generic.files_read(options) if options.format == "generic" else []
     found += [Path(options.path, name) for name in names.get(options.format, ())]
     return [*map(str, found), *([options.queries] if options.queries else [])]
+
+
+def _at_hand(options: DataOptions) -> DataOptions:
+    """The same with local paths: what lies on S3 is copied to the cache, once for each content."""
+
+    def local(path: str) -> str:
+        return str(localize(path)) if is_remote(path) else path
+
+    return replace(options, path=local(options.path), queries=local(options.queries))
 
 
 def open_source(options: DataOptions) -> Source:
@@ -28,6 +39,7 @@ def open_source(options: DataOptions) -> Source:
         "chorus": chorus.open_chorus,
         "generic": generic.open_generic,
     }
+    options = _at_hand(options)
     source = readers[options.format](options)
     if options.queries:
         log = files.query_log(options.queries)

@@ -64,12 +64,13 @@ class DataOptions:
     format: Literal["market", "esci", "wands", "homedepot", "chorus", "generic"] = option(
         "market", "layout of the data: the built-in demo market, a public set, or your own files (generic)"
     )
-    path: str = option("", "folder that holds the files (not for the market)", operational=True)
+    path: str = option("", "folder that holds the files, local or s3:// (not for the market)", operational=True)
     market_size: int = option(10_000, "products of the demo market; its query log grows with it")
     seed: int = option(0, "seed of the demo market")
     queries: str = option(
         "",
-        "query log (.parquet, .csv, .tsv, .jsonl), or a folder of such, with a column `query`, and `frequency` if known",
+        "query log, local or s3:// (.parquet, .csv, .tsv, .jsonl), or a folder of such, with a column `query`, and "
+        "`frequency` if known",
         operational=True,
     )
     products: str = option(
