@@ -12,6 +12,7 @@ import resource
 import sys
 import threading
 import time
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TextIO
 
 TTY_SECONDS, PLAIN_SECONDS = 0.2, 10.0
@@ -50,6 +51,7 @@ class Progress:
         total: how many units in all; without it no share and no time left are shown.
         unit: what is counted ("pairs", "groups").
         log: a local file, or any `Log`, that gets one JSON line for each line shown.
+        on_shown: called with what each line shows, as the log has it, and whether it is the last.
     """
 
     def __init__(
@@ -59,10 +61,11 @@ class Progress:
         unit: str = "pairs",
         log: str | os.PathLike[str] | Log | None = None,
         stream: TextIO | None = None,
+        on_shown: Callable[[Mapping[str, Any], bool], object] | None = None,
     ) -> None:
         self.description, self.total, self.unit = description, total, unit
         self.done, self.failures, self.extra = 0, 0, {}  # type: int, int, dict[str, Any]
-        self._stream = stream or sys.stderr
+        self._stream, self._on_shown = stream or sys.stderr, on_shown
         self.already_done = 0
         self._start = time.monotonic()
         self._last = 0.0
@@ -135,18 +138,20 @@ class Progress:
         else:
             self._stream.write(line + "\n")
         self._stream.flush()
+        record = {
+            "time": round(time.time(), 3),
+            "step": self.description,
+            "done": self.done,
+            "total": self.total,
+            "unit": self.unit,
+            "per_second": round(rate, 3),
+            "failures": self.failures,
+            "seconds_left": None if left is None else round(left, 1),
+            **self.extra,
+        }
+        if self._on_shown is not None:
+            self._on_shown(record, final)
         if self._log is not None:
-            record = {
-                "time": round(time.time(), 3),
-                "step": self.description,
-                "done": self.done,
-                "total": self.total,
-                "unit": self.unit,
-                "per_second": round(rate, 3),
-                "failures": self.failures,
-                "seconds_left": None if left is None else round(left, 1),
-                **self.extra,
-            }
             self._log.write(json.dumps(record) + "\n")
             self._log.flush()
 

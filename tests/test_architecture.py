@@ -42,6 +42,7 @@ RAY_SHELLS = {
     "cli.py",
     "preflight.py",
     "ray_session.py",
+    "run_gauges.py",
 }
 WIRE = {f"serving/{name}.py" for name in ("http", "bodies", "refusals", "rerank", "embed", "examples")}
 PYDANTIC_SHELLS = {"config.py", "training/torchrun.py", *WIRE}

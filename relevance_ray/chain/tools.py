@@ -12,6 +12,7 @@ from relevance_ray.object_log import ObjectLog
 from relevance_ray.preflight import check_demands
 from relevance_ray.progress import Progress
 from relevance_ray.ray_session import ray_session
+from relevance_ray.run_gauges import RunGauges
 from relevance_ray.storage import cache_folder, fingerprint, is_remote, localize
 
 Say = Callable[[str], None]
@@ -28,6 +29,7 @@ class StepTools:
 
     def __init__(self, config: Config, at: StepFolders, say: Say, stack: contextlib.ExitStack) -> None:
         self.config, self.at, self.say, self._stack = config, at, say, stack
+        self._gauges = RunGauges(at.root)
         self._log = ObjectLog(at.root) if is_remote(at.root) else f"{at.root}/log.jsonl"
 
     def ray(self, step: str) -> None:
@@ -38,7 +40,7 @@ class StepTools:
             self.say(f"{step}: {said}")
 
     def progress(self, description: str, total: int | None, unit: str) -> Progress:
-        return Progress(description, total, unit, log=self._log)
+        return Progress(description, total, unit, log=self._log, on_shown=self._gauges)
 
     def work_folder(self, step: str, folder: str) -> Path:
         """A folder for this process: within the step on disk, in the cache where the root is on S3."""
