@@ -2,7 +2,7 @@
 
 The number of shards is what requests, objects, tasks and the head's memory follow, so they are kept many and made small: a
 run of 300 million pairs in shards of 20,000 has as many as one of 300,000 in shards of 20. The store is moto's server, whose
-log is counted; the labels are the demo market's truth.
+log is counted; the teacher is BM25, whose labels take the room of real ones.
 
     python benchmarks/scale_simulation.py [--shards 1500] [--pairs-per-shard 200] [--actors 4]
 """
@@ -95,7 +95,7 @@ def main() -> None:
             "source": ["log", "titles"],
             "quotas": {"bm25": 5, "category": 2, "random": 3},
         },
-        "label": {"engine": "oracle"},
+        "teacher": {"kind": "ensemble", "members": [{"kind": "bm25"}]},
         "resources": {
             "num_cpus": max(4, given.actors),
             "generate_workers": 2,
@@ -108,7 +108,7 @@ def main() -> None:
         planned = plan_labeling(config).to_dict()
         chain, found = Chain(config), {}
         with ray_session(config.resources.num_cpus):
-            chain.run("prepare")
+            chain.run("train-teacher")
             for step in ("generate", "label"):
                 before, memory, start = requests(log), memory_of_head(), time.perf_counter()
                 chain.run(step)

@@ -45,6 +45,9 @@ def test_a_plan_counts_what_a_language_model_as_it_comes_reads(tmp_path: Path, e
     plan = plan_labeling(config, seconds=0.2)
     outcome = Chain(config).run("label")
     assert plan.tokens == pytest.approx(outcome.summaries["label"]["tokens"], rel=0.1)
+    assert plan.shards == outcome.summaries["label"]["shards"]
+    kept = [path for step in ("generate", "label") for path in Path(outcome.folders[step]).rglob("*") if path.is_file()]
+    assert plan.objects == pytest.approx(len(kept), rel=0.2)
     teacher = {"label.model": f"{outcome.folders['train-teacher']}/model"}
     given = build_config(values(tmp_path / "root", encoder), [f"{key}={value}" for key, value in teacher.items()])
     assert plan_labeling(given, seconds=0.2).tokens_per_pair == pytest.approx(plan.tokens_per_pair, rel=0.1)

@@ -30,6 +30,11 @@ def describe(plan: Plan) -> Iterator[str]:
         free = "" if plan.gpu_hours else ": no GPU is asked for (resources.gpus_per_label_actor)"
         yield f"{'cost':10} {plan.cost:,.2f}{free}"
     yield f"{'storage':10} {_size(plan.generate_gigabytes)} of pairs, {_size(plan.label_gigabytes)} of labels"
+    yield f"{'shards':10} {plan.shards:,}, for which the head keeps {_size(plan.head_gigabytes)}"
+    yield (
+        f"{'on S3':10} {plan.objects:,} objects, {plan.put_requests:,} requests that write or list, "
+        f"{plan.get_requests:,} that read"
+    )
     yield f"{'sample':10} {plan.sampled_pairs:,} pairs of {plan.sample}"
 
 

@@ -8,6 +8,7 @@ there already, they are the sample.
 from __future__ import annotations
 
 import itertools
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +42,11 @@ if TYPE_CHECKING:
 SAMPLE_PAIRS = 1000
 MEASURED_SECONDS = 10.0
 _PAIRS_AT_ONCE = 64
+WRITES_A_SHARD, READS_A_SHARD, OBJECTS_A_SHARD = 6, 13, 4
+"""Requests to S3, generation and labeling together (those that write or list are priced alike), and what is kept there;
+counted by `benchmarks/scale_simulation.py`."""
+HEAD_BYTES_A_SHARD = 13_000
+"""What the driver and Ray's control store keep of one; measured by `benchmarks/labeling_memory.py`."""
 _PRODUCTS, _QUERIES = 20_000, 20_000
 """Of the head of the catalog and of the log, of which the sample is drawn."""
 
@@ -66,6 +72,10 @@ class Plan:
         gpu_hours, cpu_hours: what the engines hold for that long.
         cost: `gpu_hours` at the price given, else None.
         generate_gigabytes, label_gigabytes: of all the pairs, as they are stored.
+        shards: units of work, each a Ray task of labeling.
+        objects: files of generation and labeling.
+        put_requests, get_requests: to S3, if the root lies there: those that write or list, and those that read.
+        head_gigabytes: memory that these shards take on the head, beside what Ray takes there anyway.
     """
 
     pairs: int
@@ -84,6 +94,11 @@ class Plan:
     cost: float | None
     generate_gigabytes: float
     label_gigabytes: float
+    shards: int
+    objects: int
+    put_requests: int
+    get_requests: int
+    head_gigabytes: float
 
     @property
     def tokens(self) -> float:
@@ -145,6 +160,11 @@ def plan_labeling(
         cost=gpu_hours * gpu_hour_price if gpu_hour_price and gpu_hours is not None else None,
         generate_gigabytes=_gigabytes(groups, num_sampled, pairs, num_shards),
         label_gigabytes=_gigabytes(labeled, num_sampled, pairs, num_shards),
+        shards=math.ceil(num_shards),
+        objects=math.ceil(OBJECTS_A_SHARD * num_shards),
+        put_requests=math.ceil(WRITES_A_SHARD * num_shards),
+        get_requests=math.ceil(READS_A_SHARD * num_shards),
+        head_gigabytes=HEAD_BYTES_A_SHARD * num_shards / 1e9,
     )
 
 
