@@ -111,6 +111,6 @@ def _nodes_told(nodes: Sequence[Node]) -> str:
             for name, amount in node.items()
             if not name.startswith("node:") and name not in ("memory", "object_store_memory") and amount < PLENTY
         }
-        told = _told(dict(sorted(kept.items()))) or "nothing"
-        kinds[told] = kinds.get(told, 0) + 1
+        if told := _told(dict(sorted(kept.items()))):  # a head often has nothing
+            kinds[told] = kinds.get(told, 0) + 1
     return "; ".join(f"{count} with {told}" for told, count in sorted(kinds.items())) or "none"

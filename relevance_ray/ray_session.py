@@ -65,7 +65,8 @@ def ray_session(num_cpus: int | None = None, custom: Iterable[str] = ()) -> Iter
         return
     on_sigterm = signal.getsignal(signal.SIGTERM)
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False)
+        with _without_banner():
+            ray.init(logging_level="WARNING", log_to_driver=False)
     else:
         with _without_banner():
             ray.init(

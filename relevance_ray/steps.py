@@ -188,6 +188,12 @@ class Chain:
         members = config.teacher.members or [config.teacher]
         if config.label.engine == "vllm" and self.at.trains_teacher and all(m.kind != "classifier" for m in members):
             raise UserError("label.engine=vllm runs classifiers, and teacher has none; set label.engine=transformers")
+        split, gpus = config.label.vllm.num_workers(), config.resources.gpus_per_label_actor
+        if "label" in steps and split > max(1, gpus):
+            raise UserError(
+                f"label.vllm.engine_args share a teacher out over {split} GPUs, and resources.gpus_per_label_actor is "
+                f"{gpus:g}; set it to {split}, on nodes that have so many"
+            )
         check_reachable(self.at.root)
         pending = {step for step, state, _ in self.at.plan(until) if state != "done"}
         needed = (config.resources.needed(step, config.generate.uses_llm) for step in steps if step in pending)

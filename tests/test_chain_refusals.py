@@ -21,6 +21,10 @@ from relevance_ray.steps import Chain
         ("studnet.model=minilm", "--set studnet is not a section; did you mean student"),
         ("data={format: esci, path: /nosuch}", "/nosuch"),
         ("generate.num_pairs=100000000", "num_pairs"),
+        (
+            "label={engine: vllm, vllm: {engine_args: {tensor_parallel_size: 4}}}",
+            "share a teacher out over 4 GPUs, and resources.gpus_per_label_actor is 0; set it to 4",
+        ),
     ],
 )
 def test_what_cannot_work_is_one_sentence_exit_2_and_nothing_half_written(
