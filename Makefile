@@ -1,6 +1,7 @@
 # make install    .venv with everything, and the command .venv/bin/relevance-ray
 # make demo       the whole chain on the built-in market, then one served request
 # make test       lint, types and the tests that take a few minutes; make test-all: the slow ones too
+# make cluster-test  a job on a cluster of processes, with nodes and drivers that die
 # make test-vllm  the vLLM engine, on a CPU, in an environment of its own (.venv-vllm)
 PYTHON ?= python3.11
 VENV := .venv
@@ -13,7 +14,7 @@ VLLM_VENV := .venv-vllm
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check
 VLLM_STAMP := $(VLLM_VENV)/.installed
 
-.PHONY: install demo test test-all test-vllm lint types format clean
+.PHONY: install demo test test-all cluster-test test-vllm lint types format clean
 
 install: $(STAMP)
 
@@ -31,6 +32,9 @@ test: $(STAMP) lint types
 
 test-all: $(STAMP) lint types
 	$(VENV)/bin/python -m pytest -m ''
+
+cluster-test: $(STAMP)
+	$(VENV)/bin/python -m pytest -m cluster tests/test_cluster.py
 
 $(VLLM_STAMP): pyproject.toml constraints-vllm.txt constraints-models.txt
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)

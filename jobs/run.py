@@ -1,0 +1,12 @@
+"""The whole chain, from judgments to the report. Submitted again, it goes on where it was.
+
+ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/run.py CONFIG.yaml [--set KEY=VALUE]
+"""
+
+import sys
+
+from relevance_ray.cli import main
+
+if __name__ == "__main__":
+    sys.argv.insert(1, "run")
+    main()
