@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -125,6 +126,7 @@ def main() -> None:
                 }
     finally:
         store.terminate()
+        shutil.rmtree(work, ignore_errors=True)
     counted = {key: sum(step[key] for step in found.values()) for key in ("put_requests", "get_requests", "objects")}
     counted["generate_gigabytes"], counted["label_gigabytes"] = (
         found[step]["gigabytes"] for step in ("generate", "label")

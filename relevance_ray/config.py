@@ -41,17 +41,26 @@ class StorageOptions:
             raise ValueError(f"root {self.root} names no bucket; write s3://bucket/prefix")
 
 
+RAY_RESOURCES, MIN_RESOURCE = ("CPU", "GPU", "memory", "object_store_memory"), 0.0001
+
+
 @dataclasses.dataclass(frozen=True)
 class ResourceOptions:
     """What each step may ask of the Ray cluster: changes speed, never results."""
 
     __pydantic_config__ = STRICT
     num_cpus: int | None = option(None, "CPUs of the local Ray; unset: all of them", operational=True)
-    generate_workers: int = option(2, "Ray tasks that generate shards at once", operational=True)
+    autoscaling: bool = option(
+        False,
+        "The cluster starts nodes for what is asked of it (KubeRay, ray up): wait for them. Otherwise what no node can "
+        "hold is refused",
+        operational=True,
+    )
+    generate_workers: int = option(2, "Actors, of one CPU each, that generate shards at once", operational=True)
     generate_resources: dict[str, float] = option(
         {},
-        "Custom resources that each of these takes beside its CPU, such as {cpu_node: 0.01}: Ray puts it on a node that has "
-        "them (a local Ray has plenty)",
+        "Custom resources that each of these, and each search actor, takes beside its CPU, such as {cpu_node: 0.01}: Ray "
+        "puts it on a node that has them (a local Ray has plenty)",
         operational=True,
     )
     search_actors: int = option(
@@ -107,9 +116,10 @@ class ResourceOptions:
                 raise ValueError(f"{name} must not be negative")
         for name in ("generate_resources", "write_resources", "label_resources", "train_resources"):
             for resource, amount in getattr(self, name).items():
-                if resource in ("CPU", "GPU", "memory") or amount <= 0:
+                own = resource.strip() and resource not in RAY_RESOURCES and not resource.startswith("node:")
+                if not own or not MIN_RESOURCE <= amount < math.inf:
                     raise ValueError(
-                        f"{name}: {resource} {amount:g} is no amount above 0 of a resource of your own naming"
+                        f"{name}: {resource} {amount:g} is no amount ({MIN_RESOURCE:g} or more) of a resource you named"
                     )
 
     @property
@@ -151,7 +161,7 @@ class ResourceOptions:
                 together = self.generators.of(self.search_actors + 1)
                 stages = [Demand(together, "resources.search_actors", together.count)]
             if writes:
-                stages.append(Demand(self.writers, "resources.write_actors", 1, self.search_actors))
+                stages.append(Demand(self.writers, "resources.write_actors", 1, self.generators.of(self.search_actors)))
             return stages
         if step in ("train-teacher", "train-student", "evaluate") and self.train_workers:
             return [Demand(self.trainers, "resources.train_workers", self.train_workers)]

@@ -120,13 +120,24 @@ class Lease:
             holder = read_json(self.path)
             if not _is_over(holder):
                 raise self._refuse(holder)
-            # Two that take over at once: the later write wins, and the loser sees it after a moment.
-            write_bytes(self.path, self._stamp())
-            time.sleep(1.0)
-            holder = read_json(self.path)
-            if holder["token"] != self._owner["token"]:
-                raise self._refuse(holder)
+            self._take_over(holder)
         self._heartbeat.start()
+
+    def _take_over(self, dead: Mapping[str, Any]) -> None:
+        """Of several that find the same dead driver one takes its lease: who claims it first."""
+        claim = f"{self.path}.{dead['token']}"
+        if not create_exclusive(claim, self._stamp()):
+            claimed = read_json(claim)
+            if time.time() - claimed["heartbeat"] > LEASE_SECONDS:
+                remove_file(claim)  # who made it died with it; the next try takes over
+            raise self._refuse(claimed)
+        try:
+            holder = read_json(self.path)
+            if holder["token"] != dead["token"]:  # taken over already, and the claim given back
+                raise self._refuse(holder)
+            write_bytes(self.path, self._stamp())
+        finally:
+            remove_file(claim)
 
     def _stamp(self) -> bytes:
         return json.dumps({**self._owner, "heartbeat": time.time()}).encode()
@@ -147,7 +158,7 @@ def _machine() -> str:
     """Where a process id means the same process: one boot of one machine, and what its container sees of it."""
     try:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as boot:
-            return f"{boot.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+            return f"{socket.gethostname()} {boot.read().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return ""
 

@@ -112,7 +112,8 @@ def staged_folder(out: str | Path) -> Iterator[Path]:
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         yield partial
-        partial.chmod(0o755)
+        for path in (partial, *partial.rglob("*")):  # safetensors writes for its owner alone
+            path.chmod(0o755 if path.is_dir() else 0o644)
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

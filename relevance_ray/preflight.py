@@ -1,7 +1,7 @@
 """Whether Ray can hold what a step wants, asked before the step waits for it.
 
-Ray lets an actor that no node can hold wait for ever, without a word. So the nodes that are there are asked first, and where
-a cluster grows by itself (KubeRay, `ray up`), the kinds of nodes that it may still get.
+Ray lets an actor that no node can hold wait for ever, without a word. So the nodes that are there are asked first. What a
+cluster that grows by itself (KubeRay, `ray up`) may still get, Ray does not tell: its user says that it does.
 """
 
 from __future__ import annotations
@@ -11,60 +11,61 @@ import sys
 from collections.abc import Iterable, Sequence
 
 from relevance_ray.errors import UserError
-from relevance_ray.ray_session import PLENTY, local_cpus, local_gpus, ray_session
-from relevance_ray.workers import ONE, Demand, Workers
+from relevance_ray.ray_session import PLENTY, in_local_session, local_cpus, local_gpus, ray_session
+from relevance_ray.workers import Demand, Workers
 
 Node = dict[str, float]
 """What a node has in all, by the names that Ray has for it."""
 
 
-def check_demands(demands: Sequence[Demand], num_cpus: int | None = None) -> list[str]:
-    """Refuse what can never be held, and tell what must wait for a cluster to grow.
+def check_demands(demands: Sequence[Demand], num_cpus: int | None = None, *, autoscaling: bool = False) -> list[str]:
+    """Refuse what can never be held, and tell what must wait.
 
     Args:
         demands: each alone, one after the other.
         num_cpus: as `ray_session` would get it.
+        autoscaling: the cluster starts nodes for what is asked of it, so it is waited for.
 
     Returns:
         A sentence for each demand that the nodes which are there cannot hold whole.
 
     Raises:
-        UserError: too little for a step to begin, now and when the cluster has grown as far as it may.
+        UserError: too little for a step to begin.
     """
     if not demands:
         return []
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
-        there, later = _cluster(max(demand.workers.count for demand in demands))
+        nodes = _nodes()
     elif os.environ.get("RAY_ADDRESS"):
         with ray_session():
-            there, later = _cluster(max(demand.workers.count for demand in demands))
+            nodes = _nodes()
     else:
-        names = {name for demand in demands for name in demand.workers.resources}
+        names = {name for demand in demands for name in (*demand.workers.resources, *demand.beside.resources)}
         gpus = local_gpus() if any(demand.workers.gpus for demand in demands) else 0
-        there, later = [{"CPU": local_cpus(num_cpus), "GPU": gpus, **dict.fromkeys(names, PLENTY)}], []
-    return [said for demand in demands if (said := _check(demand, there, later))]
+        nodes = [{"CPU": local_cpus(num_cpus), "GPU": gpus, **dict.fromkeys(names, PLENTY)}]
+    grows = autoscaling and not in_local_session() and bool(os.environ.get("RAY_ADDRESS"))
+    return [said for demand in demands if (said := _check(demand, nodes, grows))]
 
 
-def _check(demand: Demand, there: Sequence[Node], later: Sequence[Node]) -> str:
-    workers, now = demand.workers, room(there, demand)
+def _check(demand: Demand, nodes: Sequence[Node], grows: bool) -> str:
+    workers, now = demand.workers, room(nodes, demand)
     if now >= workers.count:
         return ""
-    each = _told(workers.each())
-    beside = f" beside {demand.taken_cpus} CPUs that are taken" if demand.taken_cpus else ""
-    asked = f"{demand.key} asks for {workers.count} at {each} each{beside}"
-    if max(now, room(later, demand)) < demand.at_least:
-        grown = " even when it has grown as far as it may" if later else ""
+    beside = f" beside {demand.beside.count} others of the step" if demand.beside.count else ""
+    asked = f"{demand.key} asks for {workers.count} at {_told(workers.each())} each{beside}"
+    if now < demand.at_least and not grows:
+        where = ", or set resources.autoscaling where the cluster starts them" if os.environ.get("RAY_ADDRESS") else ""
         raise UserError(
-            f"{asked}, and this Ray has room for {max(now, room(later, demand))}{grown} (its nodes: "
-            f"{_nodes_told(later or there)}); lower it or what each one takes, or start such nodes"
+            f"{asked}, and this Ray has room for {now} (its nodes: {_nodes_told(nodes)}); lower it or what each one takes, "
+            f"or start such nodes{where}"
         )
-    return f"{asked}; there is room for {now} now{', and the others wait for the cluster to grow' if later else ''}"
+    return f"{asked}; there is room for {now} now{', and the others wait for the cluster to grow' if grows else ''}"
 
 
 def room(nodes: Iterable[Node], demand: Demand) -> int:
     """How many of the workers the nodes can hold together, whatever else runs there but what the demand says is taken."""
     free = [dict(node) for node in nodes]
-    _put(free, ONE.of(demand.taken_cpus))
+    _put(free, demand.beside)
     return _put(free, demand.workers)
 
 
@@ -80,19 +81,11 @@ def _put(free: Sequence[Node], workers: Workers) -> int:
     return placed
 
 
-def _cluster(most: int) -> tuple[list[Node], list[Node]]:
-    """The nodes that are there, and all that there may be where the cluster grows by itself, of each kind no more than
-    `most`."""
+def _nodes() -> list[Node]:
+    """The nodes of the cluster that this process is part of."""
     import ray
 
-    there = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
-    # The only way to the autoscaler's own account of what it may start; Ray Train looks there, too.
-    config = ray._private.state.state.get_cluster_config()
-    later: list[Node] = []
-    for group in config.node_group_configs if config is not None else ():
-        count = most if group.max_count < 0 else min(most, group.max_count)
-        later += [{name: float(amount) for name, amount in group.resources.items()}] * count
-    return there, later
+    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
 
 def _told(amounts: Node) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterable, Iterator
 
+from relevance_ray.errors import UserError
 from relevance_ray.quiet import quiet_libraries
 
 
@@ -25,6 +27,7 @@ def local_gpus() -> int:
     return found if visible is None else min(found, len(visible))
 
 
+_CONNECT_SECONDS = 10.0
 PLENTY = 1e6
 """Of a custom resource on a local Ray."""
 _local = threading.Event()
@@ -48,6 +51,28 @@ def _without_banner() -> Iterator[None]:
         os.close(null)
 
 
+def _connect(address: str) -> None:
+    """Join the cluster at an address. Raises `UserError` where nothing answers there, or the token is refused."""
+    import ray
+    from ray.exceptions import AuthenticationError
+
+    host, _, port = address.rpartition(":")
+    if host and "/" not in host and port.isdigit():  # what else there is ("auto", "ray://...") Ray itself looks for
+        try:
+            socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+        except OSError as error:
+            raise UserError(
+                f"RAY_ADDRESS {address} does not answer ({error}); start Ray there, or unset it for a local Ray"
+            ) from error
+    try:
+        ray.init(logging_level="WARNING", log_to_driver=False)
+    except (ConnectionError, AuthenticationError) as error:
+        said = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"RAY_ADDRESS {address} does not let this job in ({said}); RAY_AUTH_MODE and the token must be its own"
+        ) from error
+
+
 @contextlib.contextmanager
 def ray_session(num_cpus: int | None = None, custom: Iterable[str] = ()) -> Iterator[None]:
     """Ray for the length of the block; one that this process has already is used and left as it is.
@@ -65,8 +90,7 @@ def ray_session(num_cpus: int | None = None, custom: Iterable[str] = ()) -> Iter
         return
     on_sigterm = signal.getsignal(signal.SIGTERM)
     if os.environ.get("RAY_ADDRESS"):
-        with _without_banner():
-            ray.init(logging_level="WARNING", log_to_driver=False)
+        _connect(os.environ["RAY_ADDRESS"])
     else:
         with _without_banner():
             ray.init(

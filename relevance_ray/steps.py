@@ -157,8 +157,7 @@ class Chain:
         file that is not there, a root that cannot be reached or lies among the data that a fingerprint is of, resources that
         Ray does not have, an endpoint without its key."""
         config, steps = self.config, self.at.until(until)
-        data = Path(config.data.path).resolve()
-        if config.data.path and not is_remote(self.at.root) and Path(self.at.root).resolve().is_relative_to(data):
+        if config.data.path and _lies_within(self.at.root, config.data.path):
             raise UserError(
                 f"storage.root {config.storage.root} lies within data.path {config.data.path}, so each run would change "
                 "its own data; choose a folder elsewhere"
@@ -197,7 +196,8 @@ class Chain:
         check_reachable(self.at.root)
         pending = {step for step, state, _ in self.at.plan(until) if state != "done"}
         needed = (config.resources.needed(step, config.generate.uses_llm) for step in steps if step in pending)
-        check_demands([demand for demands in needed for demand in demands], config.resources.num_cpus)
+        demands = [demand for step_demands in needed for demand in step_demands]
+        check_demands(demands, config.resources.num_cpus, autoscaling=config.resources.autoscaling)
         if "generate" in pending and config.generate.uses_llm:
             check_generator(config.generate.llm, "generate.llm")
         if "label" in pending:
@@ -234,6 +234,14 @@ class Chain:
         known = read_json(path) if exists(path) else {}
         kept = {name: place for name, place in known.items() if self.at.trains_teacher or "teacher" not in name}
         write_json(path, {**kept, **latest})
+
+
+def _lies_within(root: str, folder: str) -> bool:
+    if is_remote(root) != is_remote(folder):
+        return False
+    if is_remote(root):
+        return f"{root.rstrip('/')}/".startswith(f"{folder.rstrip('/')}/")
+    return Path(root).resolve().is_relative_to(Path(folder).resolve())
 
 
 def _check_objective(student: StudentOptions, teacher: TeacherOptions) -> None:

@@ -51,10 +51,10 @@ class Demand:
         workers: all that it wants.
         key: the configuration's that says how many.
         at_least: with fewer it cannot begin.
-        taken_cpus: what others of the step hold meanwhile.
+        beside: others of the step that hold what they take meanwhile.
     """
 
     workers: Workers
     key: str
     at_least: int
-    taken_cpus: int = 0
+    beside: Workers = Workers(0)

@@ -20,6 +20,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import s3fs
 import yaml
@@ -41,21 +42,29 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     quiet_libraries()
-    work = Path(tempfile.mkdtemp(prefix="chaos-"))
-    encoder = build_tiny_encoder(work / "encoder", num_layers=1)
-    (work / "cluster").mkdir()
-    cluster = LocalCluster(work / "cluster")
-    (cluster.work / "config.yaml").write_text(yaml.safe_dump(configuration(RUN, encoder, given.pairs)))
+    with tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True) as folder:
+        (work := Path(folder) / "cluster").mkdir()
+        encoder = build_tiny_encoder(Path(folder) / "encoder", num_layers=1)
+        with LocalCluster(work) as cluster:
+            figures = chaos(cluster, encoder, Path(folder) / "alone", given)
+    hardware = f"{os.cpu_count()} CPUs {platform.machine()}"
+    print(json.dumps({"benchmark": "cluster_chaos", "hardware": hardware, "figures": figures}))
+
+
+def chaos(cluster: LocalCluster, encoder: Path, alone: Path, given: argparse.Namespace) -> dict[str, Any]:
+    config = cluster.work / "config.yaml"
+    config.write_text(yaml.safe_dump(configuration(RUN, encoder, given.pairs)))
     os.environ |= {name: value for name, value in cluster.environment.items() if name.startswith("AWS_")}
     s3fs.S3FileSystem().mkdir("bucket")
     cluster.add_node("cpu", 2, '{"cpu_node": 2, "student": 2}')
     alive = [f"teacher-{number}" for number in range(2)]
     for name in alive:
         cluster.add_node(name, 1, TEACHER)
+    first = cluster.run("generate", "config.yaml")
+    assert first.returncode == 0, first.stdout
     rng, killed, done = random.Random(given.seed), Counter[str](), threading.Event()
-    codes: list[int] = []
 
-    def chaos() -> None:
+    def kill() -> None:
         for number in range(given.kills):
             if done.wait(given.every):
                 return
@@ -69,39 +78,32 @@ def main() -> None:
             alive.append(f"another-{number}")
             cluster.add_node(alive[-1], 1, TEACHER)
 
-    try:
-        first = cluster.run("generate", "config.yaml")
-        assert first.returncode == 0, first.stdout
-        start = time.perf_counter()
-        killer = threading.Thread(target=chaos, daemon=True)
-        killer.start()
-        while not codes or codes[-1] == 4:
-            said = cluster.run("label", "config.yaml")
-            codes.append(said.returncode)
-        done.set()
-        killer.join()
-        assert codes[-1] == 0, said.stdout
-        seconds = time.perf_counter() - start
-        labels, teacher = labels_at(RUN), read_json(join(RUN, "latest.json"))["teacher"]
-        alone, began = str(work / "alone"), time.perf_counter()
-        command = [sys.executable, "-m", "relevance_ray.cli", "label", str(cluster.work / "config.yaml")]
-        command += [f"--set=storage.root={alone}", f"--set=label.model={teacher}"]
-        subprocess.run(command, check=True)
-        one = labels_at(alone)
-    finally:
-        cluster.close()
-    differences = [abs(labels[pair] - one[pair]) for pair in one]
-    figures = {
+    killer, codes, start = threading.Thread(target=kill, daemon=True), [], time.perf_counter()
+    killer.start()
+    while not codes or codes[-1] == 4:
+        said = cluster.run("label", "config.yaml")
+        codes.append(said.returncode)
+    seconds = time.perf_counter() - start
+    done.set()
+    killer.join()
+    assert codes[-1] == 0, said.stdout
+    teacher = read_json(join(RUN, "latest.json"))["teacher"]
+    settings = [f"--set=storage.root={alone}", f"--set=label.model={teacher}"]
+    command = [sys.executable, "-m", "relevance_ray.cli"]
+    subprocess.run([*command, "generate", str(config), *settings], check=True)
+    start = time.perf_counter()
+    subprocess.run([*command, "label", str(config), *settings], check=True)
+    undisturbed = time.perf_counter() - start
+    labels, one = labels_at(RUN), labels_at(str(alone))
+    return {
         "killed": dict(killed),
         "submissions": len(codes),
         "seconds": round(seconds, 1),
-        "seconds_of_one_process_undisturbed": round(time.perf_counter() - began, 1),
+        "seconds_of_one_process_undisturbed": round(undisturbed, 1),
         "pairs": len(labels),
         "pairs_without_a_label": len(one.keys() - labels.keys()),
-        "largest_difference_of_a_logit": max(differences),
+        "largest_difference_of_a_logit": max(abs(labels[pair] - one[pair]) for pair in one),
     }
-    hardware = f"{os.cpu_count()} CPUs {platform.machine()}"
-    print(json.dumps({"benchmark": "cluster_chaos", "hardware": hardware, "figures": figures}))
 
 
 if __name__ == "__main__":

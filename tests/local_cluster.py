@@ -7,6 +7,7 @@ machines are lost, with everything that runs on them.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import socket
@@ -66,7 +67,7 @@ def free_port() -> int:
 
 
 class LocalCluster:
-    """The head is there from the beginning, and holds no work.
+    """A context, in which the head is there; it holds no work.
 
     Args:
         folder: gets logs, caches, and what jobs are submitted from (`work`).
@@ -97,17 +98,34 @@ class LocalCluster:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": TOKEN,
         }
-        server = f"from moto.server import main; main(['-p', '{store}'])"
-        self._start("store", [sys.executable, "-c", server])
-        _wait_for(self.environment["AWS_ENDPOINT_URL"])
-        head = [f"--port={self._port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", "--num-cpus=0"]
-        head += [f"--ray-client-server-port={free_port()}"]
-        self._ray("head", ["--head", *head], metrics)
-        _wait_for(f"{self.jobs}/api/version")
+        self._store, self._dashboard, self._metrics = store, dashboard, metrics
+
+    def __enter__(self) -> LocalCluster:
+        try:
+            self._start("store", [sys.executable, "-c", f"from moto.server import main; main(['-p', '{self._store}'])"])
+            _wait_for(self.environment["AWS_ENDPOINT_URL"])
+            head = [f"--port={self._port}", f"--dashboard-port={self._dashboard}", "--dashboard-host=127.0.0.1"]
+            head += ["--num-cpus=0", f"--ray-client-server-port={free_port()}"]
+            self._ray("head", ["--head", *head], self._metrics)
+            _wait_for(f"{self.jobs}/api/version")
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def add_node(self, name: str, num_cpus: int, resources: str = "{}") -> None:
-        """Start a node; it is there a few seconds later."""
-        self._ray(name, [f"--address=127.0.0.1:{self._port}", f"--num-cpus={num_cpus}", f"--resources={resources}"], 0)
+        """Start a node, and wait until the head knows it."""
+        options = [f"--address=127.0.0.1:{self._port}", f"--num-cpus={num_cpus}", f"--resources={resources}"]
+        self._ray(name, [*options, f"--node-name={name}"], 0)
+        for _ in range(300):
+            nodes = json.loads(asked(f"{self.jobs}/api/v0/nodes"))["data"]["result"]["result"]
+            if any(node["node_name"] == name and node["state"] == "ALIVE" for node in nodes):
+                return
+            time.sleep(0.2)
+        raise TimeoutError(f"node {name} does not come")
 
     def kill_node(self, name: str) -> None:
         """Lose a node with all that runs on it."""
@@ -129,8 +147,8 @@ class LocalCluster:
 
     def kill_driver(self, step: str) -> None:
         """Kill a job's driver, as if it ran out of memory."""
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+        for process in psutil.Process(self._processes["head"].pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
                 command = process.cmdline()
                 if len(command) > 2 and command[1].endswith("relevance-ray") and command[2] == step:
                     process.kill()

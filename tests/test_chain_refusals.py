@@ -22,6 +22,10 @@ from relevance_ray.steps import Chain
         ("data={format: esci, path: /nosuch}", "/nosuch"),
         ("generate.num_pairs=100000000", "num_pairs"),
         (
+            "label={engine: vllm, vllm: {engine_args: {tensor_parallel_size: four}}}",
+            "must be a whole number of devices",
+        ),
+        (
             "label={engine: vllm, vllm: {engine_args: {tensor_parallel_size: 4}}}",
             "share a teacher out over 4 GPUs, and resources.gpus_per_label_actor is 0; set it to 4",
         ),
@@ -126,3 +130,13 @@ def test_what_can_be_known_to_fail_is_refused_before_anything_is_run(
     with pytest.raises(UserError, match=said):
         Chain(config).run()
     assert not (tmp_path / "root").exists()
+
+
+def test_a_root_within_the_data_is_refused_on_s3_as_on_disk(s3_server: None, tmp_path: Path, encoder: Path) -> None:
+    given = {"format": "generic", "scale": "binary"}
+    for data, root in (("s3://bucket/shop", "s3://bucket/shop/run"), (str(tmp_path), str(tmp_path / "run"))):
+        config = build_config(
+            values(Path("unused"), encoder) | {"data": given | {"path": data}, "storage": {"root": root}}
+        )
+        with pytest.raises(UserError, match=f"storage.root {root} lies within data.path {data}"):
+            Chain(config).preflight()

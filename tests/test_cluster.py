@@ -26,22 +26,17 @@ RUN = "s3://bucket/run"
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Iterator[LocalCluster]:
     """A node for generation and training, one for the teacher, and `config.yaml` where jobs are submitted from."""
-    made = LocalCluster(tmp_path_factory.mktemp("cluster"))
-    config = configuration(RUN, encoder, PAIRS)
-    (made.work / "config.yaml").write_text(yaml.safe_dump(config))
-    with pytest.MonkeyPatch.context() as patch:
+    with LocalCluster(tmp_path_factory.mktemp("cluster")) as made, pytest.MonkeyPatch.context() as patch:
+        (made.work / "config.yaml").write_text(yaml.safe_dump(configuration(RUN, encoder, PAIRS)))
         for name, value in made.environment.items():
             if name.startswith("AWS_"):
                 patch.setenv(name, value)
         patch.delenv("RAY_ADDRESS", raising=False)
         s3fs.S3FileSystem.clear_instance_cache()
         s3fs.S3FileSystem().mkdir("bucket")
-        try:
-            made.add_node("cpu", 2, '{"cpu_node": 2, "student": 2}')
-            made.add_node("teacher", 2, '{"teacher": 2}')
-            yield made
-        finally:
-            made.close()
+        made.add_node("cpu", 2, '{"cpu_node": 2, "student": 2}')
+        made.add_node("teacher", 2, '{"teacher": 2}')
+        yield made
     s3fs.S3FileSystem.clear_instance_cache()
 
 
@@ -73,9 +68,6 @@ def test_pairs_are_generated_where_the_cpus_are(cluster: LocalCluster) -> None:
 def test_labeling_survives_the_loss_of_its_node_and_of_its_driver(cluster: LocalCluster, tmp_path: Path) -> None:
     job = cluster.submit("label", "config.yaml")
     until(lambda: num_labeled() >= 4)
-    shown: list[str] = []
-    until(lambda: shown.append(metrics_of(cluster)) or 'step="label"' in shown[-1])
-    assert "ray_relevance_ray_done{" in shown[-1]
     cluster.kill_node("teacher")
     cluster.kill_driver("label")
     said, _ = job.communicate(timeout=120)
@@ -97,9 +89,20 @@ def test_labeling_survives_the_loss_of_its_node_and_of_its_driver(cluster: Local
     assert labels_at(RUN) == pytest.approx(labels_at(alone), abs=1e-4)
 
 
-def test_a_student_is_trained_on_its_own_nodes(cluster: LocalCluster) -> None:
-    done = cluster.run("train-student", "config.yaml")
-    assert done.returncode == 0, done.stdout
+def test_a_student_is_trained_on_its_own_nodes_and_tells_how_far_it_is(cluster: LocalCluster) -> None:
+    job = cluster.submit("train-student", "config.yaml", "--set", "student.fit.epochs=20")
+    shown: list[str] = []
+    asked_for = {f"ray_relevance_ray_{name}" for name in ("done", "total", "per_second", "loss")}
+
+    def told() -> bool:
+        shown.append(metrics_of(cluster))
+        lines = [line for line in shown[-1].splitlines() if 'step="train-student"' in line]
+        return asked_for <= {line.split("{")[0] for line in lines}
+
+    until(lambda: told() or job.poll() is not None)
+    assert told()
+    said, _ = job.communicate(timeout=300)
+    assert job.returncode == 0, said
     assert exists(join(read_json(join(RUN, "latest.json"))["student"], "model.safetensors"))
 
 
@@ -120,6 +123,9 @@ def test_a_cluster_that_does_not_answer_or_refuses_is_one_sentence(cluster: Loca
     assert (done.returncode, done.stdout.count("\n")) == (2, 1), done.stdout
     assert f"error: {cluster.jobs} refuses the token: " in done.stdout
     cluster.environment["RAY_AUTH_TOKEN"] = TOKEN
+    for arguments in (("label", "nowhere.yaml"), ("--id", "a/b", "label", "config.yaml"), ("labl", "config.yaml")):
+        done = cluster.run(*arguments)
+        assert (done.returncode, "error: " in done.stdout) == (2, True), done.stdout
     cluster.jobs = "http://127.0.0.1:9"
     done = cluster.run("label", "config.yaml")
     assert (done.returncode, done.stdout.count("\n")) == (4, 1), done.stdout

@@ -143,6 +143,11 @@ def test_the_dashboard_asks_for_metrics_that_exist() -> None:
     assert len({(at["x"], at["y"]) for at in panels}) == len(panels)
 
 
+def test_no_two_manifests_share_a_name() -> None:
+    names = [manifest(path)["metadata"]["name"] for path in MANIFESTS]
+    assert len(set(names)) == len(names)  # KubeRay names services after them
+
+
 def groups_of_kuberay() -> list[dict[str, float]]:
     nodes = []
     for group in named("raycluster")["spec"]["workerGroupSpecs"]:

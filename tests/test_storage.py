@@ -170,6 +170,24 @@ def test_a_process_seen_to_be_gone_is_waited_for_by_nobody_on_s3(s3_server: None
         assert storage.read_json(path)["pid"] == os.getpid()
 
 
+def test_of_two_that_find_a_dead_driver_one_takes_over_on_s3(s3_server: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = "s3://bucket/contended"
+    dead = {"host": "gone", "pid": 1, "token": "dead", "heartbeat": time.time() - 1000}
+    storage.write_json(join(root, "lease.json"), dead)
+    first, second = Lease(root), Lease(root)
+    with first:
+        with pytest.raises(UserError, match="in use by process"):
+            second._take_over(dead)  # which it had found before the first one's write
+        assert storage.read_json(join(root, "lease.json"))["token"] == first._owner["token"]
+    storage.write_json(join(root, "lease.json"), dead)
+    storage.write_json(join(root, "lease.json.dead"), dead | {"token": "died, too"})
+    with pytest.raises(UserError, match="in use by process 1 on gone"), Lease(root):
+        pass
+    with Lease(root):
+        pass
+    assert storage.listdir(root) == []
+
+
 def test_an_unknown_kind_of_path_is_the_users_to_mend() -> None:
     with pytest.raises(UserError, match="nosuch://x.*local folder or s3://"):
         storage.exists("nosuch://x")

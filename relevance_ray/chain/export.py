@@ -61,7 +61,7 @@ def export_student(chain: Chain, out: str, runtime: str = AUTO, num_threads: int
     scale = read_scale(prepared)
     judged, known = _some(read_judged(prepared, "dev"), scale), _some(read_judged(prepared, "train"), scale)
     names = tuple(RUNTIMES) if runtime == AUTO else (runtime,)
-    with staged_folder(out) as partial, Progress("export", len(names), "runtimes") as progress:
+    with staged_folder(out) as partial, Progress("export", len({TORCH, *names}), "runtimes") as progress:
         shutil.copytree(student, partial, dirs_exist_ok=True)
         graphs = partial / "onnx"
         graphs.mkdir()

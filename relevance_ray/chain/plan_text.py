@@ -31,10 +31,8 @@ def describe(plan: Plan) -> Iterator[str]:
         yield f"{'cost':10} {plan.cost:,.2f}{free}"
     yield f"{'storage':10} {_size(plan.generate_gigabytes)} of pairs, {_size(plan.label_gigabytes)} of labels"
     yield f"{'shards':10} {plan.shards:,}, for which the head keeps {_size(plan.head_gigabytes)}"
-    yield (
-        f"{'on S3':10} {plan.objects:,} objects, {plan.put_requests:,} requests that write or list, "
-        f"{plan.get_requests:,} that read"
-    )
+    requests = f"; {plan.put_requests:,} requests that write or list, {plan.get_requests:,} that read, if on S3"
+    yield f"{'objects':10} {plan.objects:,}{requests}"
     yield f"{'sample':10} {plan.sampled_pairs:,} pairs of {plan.sample}"
 
 

@@ -74,7 +74,8 @@ class Plan:
         generate_gigabytes, label_gigabytes: of all the pairs, as they are stored.
         shards: units of work, each a Ray task of labeling.
         objects: files of generation and labeling.
-        put_requests, get_requests: to S3, if the root lies there: those that write or list, and those that read.
+        put_requests, get_requests: to S3, if the root lies there, for all the pairs: those that write or list, and those
+            that read.
         head_gigabytes: memory that these shards take on the head, beside what Ray takes there anyway.
     """
 

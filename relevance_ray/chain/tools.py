@@ -36,7 +36,9 @@ class StepTools:
         """Ray from here to the end of the run, which must be able to hold what a step wants at once."""
         resources = self.config.resources
         self._stack.enter_context(ray_session(resources.num_cpus, resources.custom()))
-        for said in check_demands(resources.needed(step, self.config.generate.uses_llm)):
+        for said in check_demands(
+            resources.needed(step, self.config.generate.uses_llm), autoscaling=resources.autoscaling
+        ):
             self.say(f"{step}: {said}")
 
     def progress(self, description: str, total: int | None, unit: str) -> Progress:

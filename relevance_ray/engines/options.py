@@ -70,6 +70,9 @@ VLLM_OPERATIONAL_ARGS = (
 the labels that it has."""
 
 
+_PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size")
+
+
 @dataclass(frozen=True)
 class VllmOptions:
     """What engine `vllm` hands on."""
@@ -82,10 +85,15 @@ class VllmOptions:
         operational_keys=VLLM_OPERATIONAL_ARGS,
     )
 
+    def __post_init__(self) -> None:
+        for name in _PARALLEL:
+            size = self.engine_args.get(name, 1)
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"engine_args.{name} {size!r} must be a whole number of devices")
+
     def num_workers(self) -> int:
         """Over how many devices one model is shared out."""
-        sizes = (self.engine_args.get(f"{way}_parallel_size", 1) for way in ("tensor", "pipeline"))
-        return math.prod(int(size) for size in sizes)
+        return math.prod(self.engine_args.get(name, 1) for name in _PARALLEL)
 
 
 @dataclass(frozen=True)
