@@ -31,6 +31,8 @@ from typing import Any
 
 from labeling_memory import memory
 
+from relevance_ray.cluster.session import ray_session
+from relevance_ray.cluster.workers import Workers
 from relevance_ray.data.prepare import prepare
 from relevance_ray.data.source import DataOptions
 from relevance_ray.generate.index.catalog import search_text
@@ -41,8 +43,6 @@ from relevance_ray.generate.queries.store import QueryStore
 from relevance_ray.generate.search_actors import open_whole
 from relevance_ray.generate.shards import ShardContext, generate_shard
 from relevance_ray.generate.work import open_embedder
-from relevance_ray.ray_session import ray_session
-from relevance_ray.workers import Workers
 
 LEXICAL = {"bm25": 3.0, "bm25_middle": 2.0, "category": 2.0, "random": 1.0}
 GROUPS_PER_SHARD = 512

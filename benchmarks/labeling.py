@@ -21,16 +21,16 @@ from typing import Any
 
 from market_shards import write_shards
 
+from relevance_ray.cluster.session import ray_session
+from relevance_ray.cluster.workers import Workers
 from relevance_ray.engines.options import EngineOptions
 from relevance_ray.engines.registry import open_engine
 from relevance_ray.labeling.pipeline import Shard, label
 from relevance_ray.labeling.shard import pairs_of
-from relevance_ray.ray_session import ray_session
 from relevance_ray.schema import SCALES
 from relevance_ray.storage import CommitLog, read_table
 from relevance_ray.student.cross_encoder import build_cross_encoder
 from relevance_ray.student.options import EncoderOptions
-from relevance_ray.workers import Workers
 
 THREADS = 2
 PRODUCTS = 8

@@ -24,13 +24,13 @@ from pathlib import Path
 import psutil
 from market_shards import write_shards
 
+from relevance_ray.cluster.session import ray_session
+from relevance_ray.cluster.workers import Workers
 from relevance_ray.data.market_truth import MARKET_SCALE
 from relevance_ray.engines.options import EngineOptions
 from relevance_ray.engines.registry import open_engine
 from relevance_ray.labeling.pipeline import Shard, label
-from relevance_ray.ray_session import ray_session
 from relevance_ray.storage import CommitLog
-from relevance_ray.workers import Workers
 
 PRODUCTS, GROUPS = 8, 250
 BILLION = 1e9

@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 from market_shards import write_shards
 
+from relevance_ray.cluster.session import ray_session
+from relevance_ray.cluster.workers import Workers
 from relevance_ray.engines.base import Labels, Pair
 from relevance_ray.labeling.pipeline import Shard, label
-from relevance_ray.ray_session import ray_session
-from relevance_ray.workers import Workers
 
 PAIRS_PER_SECOND = 200.0
 PRODUCTS = 8

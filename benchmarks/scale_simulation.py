@@ -28,9 +28,9 @@ import psutil
 import s3fs
 
 from relevance_ray.chain.planning import plan_labeling
+from relevance_ray.cluster.session import ray_session
 from relevance_ray.config import build_config
 from relevance_ray.quiet import quiet_libraries
-from relevance_ray.ray_session import ray_session
 from relevance_ray.steps import Chain
 from relevance_ray.storage import join, listdir
 

@@ -30,11 +30,11 @@ from typing import Any
 
 import numpy as np
 
+from relevance_ray.cluster.workers import Workers
 from relevance_ray.config import build_config
 from relevance_ray.quiet import quiet_libraries
 from relevance_ray.steps import Chain
 from relevance_ray.storage import CommitLog, read_table
-from relevance_ray.workers import Workers
 
 BATCH, LEARNING_RATE, PRODUCTS, MAX_TOKENS = 8, 1e-4, 8, 64
 BATCH_OF_WORKERS, STEPS_OF_WORKERS = 32, 8

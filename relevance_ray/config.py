@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from relevance_ray.cluster.workers import Demand, Workers
 from relevance_ray.data.source import DataOptions
 from relevance_ray.engines.options import EngineOptions
 from relevance_ray.errors import UserError
@@ -26,7 +27,6 @@ from relevance_ray.generate.options import GenerateOptions
 from relevance_ray.options import STRICT, option
 from relevance_ray.serving.options import ServeOptions
 from relevance_ray.training.options import StudentOptions, TeacherOptions
-from relevance_ray.workers import Demand, Workers
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
+from relevance_ray.cluster.session import ray_session
 from relevance_ray.config import Config, build_config
 from relevance_ray.evaluation.report.words import verdicts
-from relevance_ray.ray_session import ray_session
 from relevance_ray.steps import Chain, Outcome
 from relevance_ray.storage import join, localize, read_json
 

@@ -16,13 +16,13 @@ from relevance_ray.chain.folders import NEEDS_JUDGMENTS, StepFolders
 from relevance_ray.chain.run_state import begin_run, begin_step
 from relevance_ray.chain.tools import Say, StepTools
 from relevance_ray.chain.work import StepWork
+from relevance_ray.cluster.preflight import check_demands
 from relevance_ray.config import Config
 from relevance_ray.engines.registry import check_engine, check_generator
 from relevance_ray.errors import UserError
 from relevance_ray.lease import Lease
 from relevance_ray.model_folder import read_model_info
 from relevance_ray.models import check_layers, resolve_model
-from relevance_ray.preflight import check_demands
 from relevance_ray.storage import (
     check_reachable,
     exists,

@@ -17,12 +17,12 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 
+from relevance_ray.cluster.workers import Workers
 from relevance_ray.engines.base import Labels, Pair
 from relevance_ray.labeling.pipeline import Shard, label, shards_to_label
 from relevance_ray.quiet import quiet_libraries
 from relevance_ray.schema import GROUP, pair_id, product_fields
 from relevance_ray.storage import CommitLog, join
-from relevance_ray.workers import Workers
 
 NUM_SHARDS, GROUPS, PRODUCTS = 24, 10, 3
 

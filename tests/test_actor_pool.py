@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 import pytest
 from ray import cloudpickle
 
-from relevance_ray.actor_pool import ItemActor, run_pool
+from relevance_ray.cluster.actor_pool import ItemActor, run_pool
+from relevance_ray.cluster.workers import Workers
 from relevance_ray.errors import UserError
-from relevance_ray.workers import Workers
 
 
 @pytest.fixture(autouse=True)

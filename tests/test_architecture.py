@@ -33,16 +33,16 @@ TOP = {
     "scoring",
 }
 RAY_SHELLS = {
-    "actor_pool.py",
+    "cluster/actor_pool.py",
     "generate/pipeline.py",
     "generate/search_actors.py",
     "labeling/pipeline.py",
     "labeling/compact_pipeline.py",
     "serving/app.py",
     "cli.py",
-    "preflight.py",
-    "ray_session.py",
-    "run_gauges.py",
+    "cluster/preflight.py",
+    "cluster/session.py",
+    "cluster/gauges.py",
 }
 WIRE = {f"serving/{name}.py" for name in ("http", "bodies", "refusals", "rerank", "embed", "examples")}
 PYDANTIC_SHELLS = {"config.py", "training/torchrun.py", *WIRE}

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import yaml
 
+from relevance_ray.cluster.preflight import room
 from relevance_ray.config import load_config
-from relevance_ray.preflight import room
 from relevance_ray.serving.config_file import serve_config
 from relevance_ray.serving.metrics import ServingMetrics
 from relevance_ray.serving.options import ServeOptions

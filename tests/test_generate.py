@@ -30,6 +30,7 @@ from small_catalog import (
     write_pairs,
 )
 
+from relevance_ray.cluster.workers import Workers
 from relevance_ray.data.splits import LeakGuard
 from relevance_ray.errors import UserError
 from relevance_ray.generate.candidates import query_seed
@@ -42,7 +43,6 @@ from relevance_ray.generate.queries.sources import PoolCounts
 from relevance_ray.generate.shards import ShardContext, generate_shard, plan_ranges, shard_name, shard_range
 from relevance_ray.schema import GROUP, pair_id
 from relevance_ray.storage import CommitLog
-from relevance_ray.workers import Workers
 
 # Shards
 

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from relevance_ray.cluster.workers import Workers
 from relevance_ray.data.market_truth import MARKET_SCALE
 from relevance_ray.engines.base import Labels, Pair
 from relevance_ray.engines.options import EngineOptions
@@ -19,7 +20,6 @@ from relevance_ray.labeling.pipeline import Shard, label, shards_to_label
 from relevance_ray.labeling.shard import count_errors, label_groups
 from relevance_ray.schema import GROUP, LABELED_GROUP, pair_id, product_fields
 from relevance_ray.storage import CommitLog
-from relevance_ray.workers import Workers
 
 
 def make_groups(start: int, stop: int, products: int = 3) -> pa.Table:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from relevance_ray import preflight
+from relevance_ray.cluster import preflight
+from relevance_ray.cluster.preflight import Node, check_demands, room
+from relevance_ray.cluster.workers import Demand, Workers
 from relevance_ray.config import ResourceOptions
 from relevance_ray.errors import UserError
-from relevance_ray.preflight import Node, check_demands, room
-from relevance_ray.workers import Demand, Workers
 
 HEAD = {"CPU": 8.0, "memory": 1e9, "node:10.0.0.1": 1.0}
 GPU_NODE = {"CPU": 16.0, "GPU": 8.0, "teacher": 8.0, "memory": 1e9}

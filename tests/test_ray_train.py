@@ -18,6 +18,7 @@ from ray import cloudpickle
 from tiny_fit import OBJECTIVES, OPTIONS, losses_of, student_spec, train, weights_of
 from tiny_training import SCALE, build_tiny_encoder, judged_groups, write
 
+from relevance_ray.cluster.workers import Workers
 from relevance_ray.errors import UserError
 from relevance_ray.file_systems import StorageError
 from relevance_ray.teacher.classifier import build_classifier
@@ -27,7 +28,6 @@ from relevance_ray.training.options import FitOptions, TeacherFitOptions
 from relevance_ray.training.ray_train import ray_runner
 from relevance_ray.training.runners import Job
 from relevance_ray.training.teacher_task import TeacherTaskSpec
-from relevance_ray.workers import Workers
 
 pytestmark = pytest.mark.usefixtures("ray_cluster", "workers_know_this_module")
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Dist
 
 from relevance_ray import storage
 from relevance_ray.calibration import IsotonicCalibration, logit_of_classes
+from relevance_ray.cluster.workers import Workers
 from relevance_ray.engines.encoding import PairEncoder
 from relevance_ray.engines.registry import load_pair_model
 from relevance_ray.errors import UserError
@@ -33,7 +34,6 @@ from relevance_ray.training.options import FitOptions, StudentOptions
 from relevance_ray.training.ray_ingest import ray_ingest
 from relevance_ray.training.student import StudentRequest, train_student
 from relevance_ray.training.torchrun import student_options as student_options_of
-from relevance_ray.workers import Workers
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import pytest
 from small_catalog import make_prepared, make_products
 from tiny_training import SCALE, build_tiny_encoder
 
+from relevance_ray.cluster.workers import Workers
 from relevance_ray.config import build_config
 from relevance_ray.engines.bi_encoder import BiEncoderModel
 from relevance_ray.errors import UserError
@@ -21,7 +22,6 @@ from relevance_ray.student.two_tower import build_two_tower
 from relevance_ray.student.vectors import read_vectors
 from relevance_ray.student.vectors_pipeline import export_vectors
 from relevance_ray.training.options import StudentOptions
-from relevance_ray.workers import Workers
 
 
 @pytest.fixture(scope="module")

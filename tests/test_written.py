@@ -13,6 +13,7 @@ import pytest
 from chat_endpoint import ChatEndpoint
 from small_catalog import LEXICAL, make_prepared, make_products, make_search
 
+from relevance_ray.cluster.workers import Workers
 from relevance_ray.engines.options import EndpointOptions
 from relevance_ray.errors import UserError
 from relevance_ray.generate.options import GenerateOptions
@@ -21,7 +22,6 @@ from relevance_ray.generate.queries.sources import PoolCounts
 from relevance_ray.generate.queries.written import WRITTEN, WrittenPlan, round_trip, written_queries
 from relevance_ray.generate.writer_options import STYLES, WriterOptions
 from relevance_ray.storage import CommitLog
-from relevance_ray.workers import Workers
 
 HELD_OUT = "acme red wool hat"
 

@@ -16,11 +16,11 @@ from pathlib import Path
 
 from tiny_training import SCALE, build_tiny_encoder, judged_groups, labeled_groups
 
+from relevance_ray.cluster.workers import Workers
 from relevance_ray.quiet import quiet_libraries
 from relevance_ray.storage import join, listdir, write_table
 from relevance_ray.training.options import FitOptions, StudentOptions
 from relevance_ray.training.student import StudentRequest, train_student
-from relevance_ray.workers import Workers
 
 STEPS = 60
 

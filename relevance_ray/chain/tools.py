@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from relevance_ray.chain.folders import StepFolders
+from relevance_ray.cluster.gauges import RunGauges
+from relevance_ray.cluster.preflight import check_demands
+from relevance_ray.cluster.session import ray_session
 from relevance_ray.config import Config
 from relevance_ray.object_log import ObjectLog
-from relevance_ray.preflight import check_demands
 from relevance_ray.progress import Progress
-from relevance_ray.ray_session import ray_session
-from relevance_ray.run_gauges import RunGauges
 from relevance_ray.storage import cache_folder, fingerprint, is_remote, localize
 
 Say = Callable[[str], None]

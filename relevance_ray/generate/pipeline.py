@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from relevance_ray.actor_pool import ItemActor, run_pool
+from relevance_ray.cluster.actor_pool import ItemActor, run_pool
+from relevance_ray.cluster.workers import ONE, Workers
 from relevance_ray.errors import UserError
 from relevance_ray.generate.index.catalog_index import CatalogIndex
 from relevance_ray.generate.options import GenerateOptions
@@ -27,7 +28,6 @@ from relevance_ray.generate.work import embed_products, index_shard, write_group
 from relevance_ray.options import semantic
 from relevance_ray.progress import Progress
 from relevance_ray.storage import CommitLog, fingerprint, join
-from relevance_ray.workers import ONE, Workers
 
 MAX_BLOCKS = 1000
 """Of a stage's items, however many: Ray's head keeps account of each."""

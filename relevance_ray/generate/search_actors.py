@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+from relevance_ray.cluster.workers import Workers
 from relevance_ray.generate.index.catalog_index import CatalogIndex
 from relevance_ray.generate.index.search import CatalogSearch, SpreadSearch
 from relevance_ray.generate.work import OpenSearch
 from relevance_ray.progress import Progress
-from relevance_ray.workers import Workers
 
 
 class SearchActor:

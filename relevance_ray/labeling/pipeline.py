@@ -14,14 +14,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from relevance_ray.actor_pool import run_pool
+from relevance_ray.cluster.actor_pool import run_pool
+from relevance_ray.cluster.workers import ONE, Workers
 from relevance_ray.labeling.attempts import Attempts, shards_set_aside, sweep_marks, take_back
 from relevance_ray.labeling.earlier import build_index
 from relevance_ray.labeling.labeler import EngineFactory, ShardLabeler
 from relevance_ray.progress import Progress, memory_used
 from relevance_ray.storage import CommitLog
 from relevance_ray.watchdog import StalledError, watchdog
-from relevance_ray.workers import ONE, Workers
 
 MAX_FAILED_IN_ROW = 3
 """More shards than so many and one for each actor, given up with none labeled between them, end a job."""

@@ -27,9 +27,9 @@ from typing import Any
 from fastapi import FastAPI
 from ray import serve
 
+from relevance_ray.cluster.session import in_local_session, ray_session
 from relevance_ray.engines.runtimes import RUNTIME_FILE
 from relevance_ray.errors import UserError, what_to_mend
-from relevance_ray.ray_session import in_local_session, ray_session
 from relevance_ray.serving.config_file import APPLICATION, absolute_paths
 from relevance_ray.serving.examples import read_examples
 from relevance_ray.serving.guard import Tokens

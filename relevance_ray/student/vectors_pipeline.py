@@ -6,12 +6,12 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from relevance_ray.actor_pool import ItemActor, run_pool
+from relevance_ray.cluster.actor_pool import ItemActor, run_pool
+from relevance_ray.cluster.workers import Workers
 from relevance_ray.data.prepare import product_files
 from relevance_ray.progress import Progress
 from relevance_ray.storage import CommitLog, localize
 from relevance_ray.student.vectors import check_two_tower, open_export, parts_of, shard_name
-from relevance_ray.workers import Workers
 
 
 def export_vectors(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from relevance_ray.actor_pool import ItemActor, run_pool
+from relevance_ray.cluster.actor_pool import ItemActor, run_pool
+from relevance_ray.cluster.workers import Workers
 from relevance_ray.training.ingest import IngestSpec, Item, RunItems
-from relevance_ray.workers import Workers
 
 
 def ray_ingest(workers: Workers) -> RunItems:

@@ -24,13 +24,13 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from relevance_ray.cluster.workers import Workers
 from relevance_ray.errors import UserError
 from relevance_ray.file_systems import StorageError
 from relevance_ray.storage import absolute, is_remote, makedirs, opened, remove_tree
 from relevance_ray.training.fit import FitResult, OnProgress, read_result
 from relevance_ray.training.ray_worker import Board, work
 from relevance_ray.training.runners import Job, Runner
-from relevance_ray.workers import Workers
 
 MAX_FAILURES = 2
 """Deaths of workers that a training survives."""

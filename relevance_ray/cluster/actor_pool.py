@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from relevance_ray.cluster.workers import Workers
 from relevance_ray.errors import UserError, what_to_mend
-from relevance_ray.workers import Workers
 
 
 class ItemActor:

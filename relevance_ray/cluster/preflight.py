@@ -10,9 +10,9 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 
+from relevance_ray.cluster.session import PLENTY, in_local_session, local_cpus, local_gpus, ray_session
+from relevance_ray.cluster.workers import Demand, Workers
 from relevance_ray.errors import UserError
-from relevance_ray.ray_session import PLENTY, in_local_session, local_cpus, local_gpus, ray_session
-from relevance_ray.workers import Demand, Workers
 
 Node = dict[str, float]
 """What a node has in all, by the names that Ray has for it."""

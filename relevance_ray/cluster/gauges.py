@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from relevance_ray.ray_session import in_local_session
+from relevance_ray.cluster.session import in_local_session
 
 _PREFIX = "relevance_ray_"
 
