@@ -126,23 +126,38 @@ def first_line(error: Exception) -> str:
 
 def submit(client: JobSubmissionClient, name: str, entrypoint: str, folder: str, num_gpus: float = 0) -> str:
     """The id of the job that runs under a name; it is submitted, with a folder to run in, if none does."""
-    numbered = re.compile(rf"{re.escape(name)}-(\d+)")
-    tried = [job for job in client.list_jobs() if numbered.fullmatch(job.submission_id or "")]
-    for job in tried:
+    number, running = jobs_of(client, name, entrypoint)
+    if running:
+        return running
+    try:
+        submitted = client.submit_job(
+            entrypoint=entrypoint,
+            submission_id=f"{name}-{number + 1}",
+            runtime_env={"working_dir": folder},
+            entrypoint_num_gpus=num_gpus or None,
+        )
+    except RuntimeError:
+        number, running = jobs_of(client, name, entrypoint)  # somebody may have submitted it at the same instant
+        if not running:
+            raise
+        return running
+    print(f"submitted {submitted}: {entrypoint}", file=sys.stderr)
+    return submitted
+
+
+def jobs_of(client: JobSubmissionClient, name: str, entrypoint: str) -> tuple[int, str]:
+    """The number of the last job under a name (0: there was none), and the id of the one that runs, or ""."""
+    numbered, last = re.compile(rf"{re.escape(name)}-(\d+)"), 0
+    for job in client.list_jobs():
+        if not (found := numbered.fullmatch(job.submission_id or "")):
+            continue
+        last = max(last, int(found[1]))
         if not job.status.is_terminal():
             if job.entrypoint != entrypoint:
                 raise TakenError(f"{job.submission_id} runs already, and is another ({job.entrypoint}); give an --id")
             print(f"{job.submission_id} runs already", file=sys.stderr)
-            return str(job.submission_id)
-    number = 1 + max((int(job.submission_id.rpartition("-")[2]) for job in tried), default=0)
-    submitted = client.submit_job(
-        entrypoint=entrypoint,
-        submission_id=f"{name}-{number}",
-        runtime_env={"working_dir": folder},
-        entrypoint_num_gpus=num_gpus or None,
-    )
-    print(f"submitted {submitted}: {entrypoint}", file=sys.stderr)
-    return submitted
+            return last, str(job.submission_id)
+    return last, ""
 
 
 def wait(client: JobSubmissionClient, job: str) -> int:

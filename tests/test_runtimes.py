@@ -162,6 +162,8 @@ def test_an_exported_folder_is_served_as_it_says(folder: Path, measured: Measure
     )
     for mine, its in zip(ours, torchs, strict=True):
         assert mine == pytest.approx(its, abs=1e-4)
+    assert Scorer(model).describe()["runtime"] == "onnx"
+    assert Scorer(folder).describe()["runtime"] == TORCH
     (model / "float32.onnx").write_bytes(b"no graph")
     with pytest.raises(UserError, match="onnxruntime cannot read .*float32.onnx .*export the model again"):
         Scorer(model)

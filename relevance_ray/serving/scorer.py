@@ -22,7 +22,9 @@ from relevance_ray.calibration import logit_of_classes
 from relevance_ray.engines.base import row_error
 from relevance_ray.engines.bi_encoder import BiEncoderModel
 from relevance_ray.engines.encoding import EncodedTexts
+from relevance_ray.engines.forward import TorchForward
 from relevance_ray.engines.registry import load_pair_model
+from relevance_ray.engines.runtimes import TORCH, read_runtime
 from relevance_ray.engines.token_model import TokenModel, distinct_places
 from relevance_ray.errors import UserError
 from relevance_ray.model_folder import ModelInfo, read_model_info
@@ -104,13 +106,16 @@ class Scorer:
         return content_id(str(self.folder))[:12]
 
     def describe(self) -> dict[str, Any]:
-        """The model in plain values: folder name, identity, kind, label scale, fields read and the token limit; of a
-        two-tower also the dimension of its vectors, and how a cosine becomes a logit."""
+        """The model in plain values: folder name, identity, kind, the library that runs it, label scale, fields read and the
+        token limit; of a two-tower also the dimension of its vectors, and how a cosine becomes a logit."""
+        torch_runs = not isinstance(self._model, TokenModel) or isinstance(self._model.forward, TorchForward)
+        exported = None if torch_runs else read_runtime(self.folder)
         vectors = {"dimension": self._model.encoder.dimension} if isinstance(self._model, BiEncoderModel) else {}
         return {
             "model": self.name,
             "model_id": self.model_id,
             "kind": self.info.kind,
+            "runtime": exported[0] if exported else TORCH,
             "scale": self.info.scale.to_dict(),
             "fields": list(self.info.template.fields),
             "max_tokens": self.info.template.max_tokens,
