@@ -120,8 +120,8 @@ def answers(address: str) -> None:
             urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS).read()
 
 
-def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:300]
+def first_line(said: object) -> str:
+    return str(said).strip().split("\n")[0][:300]
 
 
 def submit(client: JobSubmissionClient, name: str, entrypoint: str, folder: str, num_gpus: float = 0) -> str:
@@ -176,7 +176,6 @@ def wait(client: JobSubmissionClient, job: str) -> int:
 
 def follow(client: JobSubmissionClient, job: str) -> int:
     """Print a job's log until it ends, and return its exit code."""
-
     shown = 0
 
     async def copy() -> None:
@@ -198,7 +197,7 @@ def follow(client: JobSubmissionClient, job: str) -> int:
         return EXIT_STOPPED
     code = info.driver_exit_code
     if code is None or code < 0 or (code > 128 and code != EXIT_STOPPED):
-        print(f"{job} lost its driver: {info.message}", file=sys.stderr)
+        print(f"{job} lost its driver: {first_line(info.message)}", file=sys.stderr)
         return EXIT_TRY_AGAIN
     return int(code)
 

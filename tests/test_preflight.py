@@ -90,9 +90,12 @@ def test_a_cluster_that_starts_nodes_is_waited_for(nodes: list[Node], monkeypatc
 def test_a_cluster_that_does_not_answer_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     ray = pytest.importorskip("ray")
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
-    with pytest.raises(UserError, match="RAY_ADDRESS 127.0.0.1:9 does not answer .* unset it for a local Ray"):
-        check_demands(ResourceOptions().needed("label"))
+    for address in ("127.0.0.1:9", "127.0.0.1:99999", "[::1]:9"):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(UserError) as told:
+            check_demands(ResourceOptions().needed("label"))
+        assert str(told.value).startswith(f"RAY_ADDRESS {address} does not answer (")
+        assert str(told.value).endswith("unset it for a local Ray")
 
 
 def test_a_resource_needs_a_name_and_an_amount() -> None:

@@ -2,14 +2,17 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from relevance_ray import object_log, storage
 from relevance_ray import progress as progress_module
 from relevance_ray.chain.run_state import describe
+from relevance_ray.cluster.gauges import RunGauges
 from relevance_ray.object_log import ObjectLog, newest_lines
 from relevance_ray.progress import Progress
 
@@ -102,3 +105,8 @@ def test_what_is_no_longer_so_leaves_the_line() -> None:
         progress.update(stage="earlier labels 1/2")
         progress.update(3, stage=None)
     assert "stage" not in stream.getvalue().splitlines()[-1]
+
+
+def test_gauges_say_nothing_while_ray_is_being_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", ModuleType("ray"))
+    RunGauges("runs/x")({"step": "label", "done": 1}, False)

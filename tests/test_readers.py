@@ -386,17 +386,15 @@ def test_data_on_s3_make_the_same_run_as_on_disk(
     import s3fs
 
     monkeypatch.setenv("RELEVANCE_RAY_CACHE", str(tmp_path / "cache"))
-    options = write_esci(tmp_path / "esci")
     (tmp_path / "log.csv").write_text("query\nred lamp\n", encoding="utf-8")
-    options = replace(options, queries=str(tmp_path / "log.csv"))
-    s3fs.S3FileSystem().put(f"{tmp_path}/esci", "bucket/shop-data/", recursive=True)
-    s3fs.S3FileSystem().put(f"{tmp_path}/log.csv", "bucket/shop-data/log.csv")
+    options = replace(write_esci(tmp_path / "esci"), queries=str(tmp_path / "log.csv"))
+    for name in ("esci", "log.csv"):
+        s3fs.S3FileSystem().put(f"{tmp_path}/{name}", f"bucket/shop-data/{name}", recursive=name == "esci")
     remote = replace(options, path="s3://bucket/shop-data/esci", queries="s3://bucket/shop-data/log.csv")
 
-    def key(data: DataOptions) -> str:
-        return StepFolders(Config(data=data, storage=StorageOptions(root=str(tmp_path / "root")))).key("prepare")
-
-    assert key(remote) == key(options)
+    keys = [StepFolders(Config(data=data)).key("prepare") for data in (remote, options)]
+    assert keys[0] == keys[1]
     assert prepare(remote, tmp_path / "remote") == prepare(options, tmp_path / "local")
+    remote = replace(remote, path="s3://bucket/nowhere")
     with pytest.raises(UserError, match="there is nothing at s3://bucket/nowhere"):
-        open_source(replace(remote, path="s3://bucket/nowhere"))
+        open_source(remote)

@@ -25,8 +25,9 @@ class RunGauges:
 
     def __call__(self, record: Mapping[str, Any], final: bool) -> None:
         """Set what a line shows; after the last one of a step nothing is done a second."""
-        ray = sys.modules.get("ray")  # not loaded for this: a step that needs no Ray is told by none
-        if ray is None or in_local_session() or not ray.is_initialized():
+        # Not loaded for this: a step that needs no Ray is told by none. Another thread may be in the middle of loading it.
+        is_initialized = getattr(sys.modules.get("ray"), "is_initialized", None)
+        if is_initialized is None or in_local_session() or not is_initialized():
             return
         ended = {"per_second": 0.0, "seconds_left": 0.0} if final else {}
         for name, value in (dict(record) | ended).items():

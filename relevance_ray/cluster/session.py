@@ -59,8 +59,8 @@ def _connect(address: str) -> None:
     host, _, port = address.rpartition(":")
     if host and "/" not in host and port.isdigit():  # what else there is ("auto", "ray://...") Ray itself looks for
         try:
-            socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
-        except OSError as error:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
+        except (OSError, OverflowError) as error:
             raise UserError(
                 f"RAY_ADDRESS {address} does not answer ({error}); start Ray there, or unset it for a local Ray"
             ) from error
